@@ -1,0 +1,95 @@
+"""The whole run configuration, the checks that need more than one section, and what follows from it."""
+
+from dataclasses import dataclass
+
+from pydantic import model_validator
+
+from skv_dist.config.data import DataConfig
+from skv_dist.config.model import ModelConfig
+from skv_dist.config.parallel import ParallelConfig
+from skv_dist.config.routing import RoutingConfig
+from skv_dist.config.section import Section
+from skv_dist.config.train import EvalConfig, OptimizerConfig, TrainConfig
+from skv_dist.errors import UserError
+from skv_dist.routing.policies import build_policy
+
+
+class RunConfig(Section):
+    model: ModelConfig
+    routing: RoutingConfig = RoutingConfig()
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "RunConfig":
+        model, parallel, train, data = self.model, self.parallel, self.train, self.data
+        for key in ("num_attention_heads", "ffn_hidden_size"):
+            if getattr(model, key) % parallel.tensor:
+                raise UserError(
+                    f"model.{key} {getattr(model, key)} is not divisible by parallel.tensor {parallel.tensor}: "
+                    "choose a parallel.tensor that divides it"
+                )
+        larger, smaller = max(model.num_kv_heads, parallel.tensor), min(model.num_kv_heads, parallel.tensor)
+        if larger % smaller:
+            raise UserError(
+                f"model.num_kv_heads {model.num_kv_heads} and parallel.tensor {parallel.tensor}: "
+                "one must divide the other"
+            )
+        if parallel.sequence_parallel and data.sequence_length % parallel.tensor:
+            raise UserError(
+                f"data.sequence_length {data.sequence_length} is not divisible by parallel.tensor "
+                f"{parallel.tensor}, which parallel.sequence_parallel needs: change one of them"
+            )
+        if data.sequence_length > model.max_position_embeddings:
+            raise UserError(
+                f"data.sequence_length {data.sequence_length} is greater than model.max_position_embeddings "
+                f"{model.max_position_embeddings}: lower the first or raise the second"
+            )
+        if train.global_batch_size % train.micro_batch_size:
+            raise UserError(
+                f"train.global_batch_size {train.global_batch_size} is not divisible by train.micro_batch_size "
+                f"{train.micro_batch_size}"
+            )
+        if data.reset_attention and model.transformer_impl == "transformer_engine":
+            raise UserError(
+                "data.reset_attention: true and model.transformer_impl: transformer_engine do not work together: "
+                "set model.transformer_impl=local"
+            )
+        build_policy(self.routing, model.num_layers)  # refuses a policy that does not fit the layers
+        return self
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Quantities computed once from the configuration and the number of processes, and shown at start."""
+
+    world_size: int
+    data_parallel: int
+    num_micro_batches: int
+    tokens_per_step: int
+
+
+def derive(config: RunConfig, world_size: int) -> Derived:
+    """Raises UserError where the processes do not fit the layout or the batch sizes."""
+    parallel, train = config.parallel, config.train
+    per_replica = parallel.tensor * parallel.pipeline
+    if world_size % per_replica:
+        raise UserError(
+            f"{world_size} processes cannot hold parallel.tensor {parallel.tensor} x parallel.pipeline "
+            f"{parallel.pipeline}: start a multiple of {per_replica} processes"
+        )
+    replicas = world_size // per_replica
+    if train.global_batch_size % (train.micro_batch_size * replicas):
+        raise UserError(
+            f"train.global_batch_size {train.global_batch_size} is not divisible by train.micro_batch_size "
+            f"{train.micro_batch_size} x {replicas} data-parallel replicas"
+        )
+    return Derived(
+        world_size=world_size,
+        data_parallel=replicas,
+        num_micro_batches=train.global_batch_size // (train.micro_batch_size * replicas),
+        tokens_per_step=train.global_batch_size * config.data.sequence_length,
+    )

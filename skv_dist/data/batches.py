@@ -1,0 +1,184 @@
+"""Which samples each replica trains on, step by step."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from skv_dist.config.data import DataConfig, SourceConfig
+from skv_dist.data.order import blended
+from skv_dist.data.packing import Sample, SequenceSet, split_prepared
+from skv_dist.data.prepare import cached_folder, prepare
+from skv_dist.data.prepared import PreparedSet
+from skv_dist.data.stream import StreamingSet
+from skv_dist.data.tokenizer import Tokenizer
+from skv_dist.errors import UserError
+
+
+class Samples(Protocol):
+    """An endless sequence of samples."""
+
+    def __getitem__(self, position: int) -> Sample: ...
+
+
+class Blend:
+    """Several sets mixed by weight, in an order that is a pure function of (seed, position)."""
+
+    def __init__(self, sets: Sequence[Samples], weights: Sequence[float], seed: int) -> None:
+        self._sets, self._weights, self._seed = sets, weights, seed
+
+    def __getitem__(self, position: int) -> Sample:
+        source, within = blended(position, self._weights, self._seed)
+        return self._sets[source][within]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass reads.
+
+    Attributes:
+        index: number of this micro-batch within the global batch of its step (see `DrawKey`).
+        tokens: int64 [b, s].
+        labels: int64 [b, s], the token after each.
+        loss_mask: float32 [b, s], 1 where the prediction counts.
+        documents: int64 [b, s] where attention stops at document boundaries, else None.
+    """
+
+    index: int
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    documents: torch.Tensor | None
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return MicroBatch(self.index, *map(move, (self.tokens, self.labels, self.loss_mask, self.documents)))  # type: ignore[arg-type]
+
+
+def collate(index: int, samples: Sequence[Sample], reset_attention: bool) -> MicroBatch:
+    """Samples to one micro-batch. With ``reset_attention`` the prediction across a boundary does not count."""
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
+    documents = torch.from_numpy(np.stack([sample.documents for sample in samples]))
+    mask = torch.ones(tokens.shape[0], tokens.shape[1] - 1)
+    if reset_attention:
+        mask = (documents[:, :-1] == documents[:, 1:]).float()
+    return MicroBatch(
+        index=index,
+        tokens=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].contiguous(),
+        loss_mask=mask,
+        documents=documents[:, :-1].contiguous() if reset_attention else None,
+    )
+
+
+def micro_batches(
+    samples: Samples,
+    first_sample: int,
+    num_micro_batches: int,
+    micro_batch_size: int,
+    replica: int,
+    replicas: int,
+    reset_attention: bool,
+) -> list[MicroBatch]:
+    """This replica's share of one global batch that begins at sample ``first_sample``.
+
+    Micro-batch g of the global batch holds samples first + [g * b, (g + 1) * b). Local micro-batch m of replica r
+    is g = m * replicas + r, so that what a micro-batch holds does not depend on the number of replicas.
+    """
+    batches = []
+    for local in range(num_micro_batches):
+        index = local * replicas + replica
+        begin = first_sample + index * micro_batch_size
+        chosen = [samples[begin + i] for i in range(micro_batch_size)]
+        batches.append(collate(index, chosen, reset_attention))
+    return batches
+
+
+def prefetched(load: Callable[[int], list[MicroBatch]], begin: int, end: int, ahead: int) -> Iterator[list[MicroBatch]]:
+    """``load(step)`` for each step, up to ``ahead`` steps early on a thread. The order is that of the steps."""
+    if ahead == 0:
+        yield from map(load, range(begin, end))
+        return
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="skv-data")
+    try:
+        waiting = [pool.submit(load, step) for step in range(begin, min(begin + ahead, end))]
+        for step in range(begin, end):
+            if step + ahead < end:
+                waiting.append(pool.submit(load, step + ahead))
+            yield waiting.pop(0).result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _prepared_folder(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, wait: Callable[[], None]) -> Path:
+    if source.format == "prepared":
+        return Path(source.path).expanduser()
+    folder = cached_folder(source, tokenizer, config.cache_dir)
+    wait()  # rank 0 prepares while the others stand here
+    if not folder.exists():
+        prepare([source], tokenizer, folder, workers=config.prepare_workers, cache_dir=config.cache_dir)
+    return folder
+
+
+def open_data(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, first_rank: bool, barrier: Callable[[], None]
+) -> tuple[Samples, Samples | None]:
+    """Training and validation samples of a run.
+
+    Args:
+        first_rank: True on the one process that prepares raw sources; the others wait for it.
+        barrier: returns once every process has called it.
+
+    Raises:
+        UserError: a source cannot be read, is empty or too short, or does not match the tokenizer.
+    """
+    fraction = 0.0 if config.validation_sources else config.validation_fraction
+    if config.streaming:
+
+        def stream(sources: list[SourceConfig], validation: bool) -> StreamingSet:
+            return StreamingSet(
+                sources, config, tokenizer, seed, validation=validation, fraction=fraction if not apart else 0.0
+            )
+
+        apart = bool(config.validation_sources)
+        train = stream(config.sources, validation=False)
+        if apart:
+            return train, stream(config.validation_sources, validation=False)
+        return train, stream(config.sources, validation=True) if fraction else None
+
+    def nothing() -> None:
+        return
+
+    def sets(sources: list[SourceConfig], share: float) -> list[tuple[SequenceSet, SequenceSet | None]]:
+        opened = []
+        for source in sources:
+            # Rank 0 enters the barrier after preparing, the others before looking.
+            folder = _prepared_folder(source, config, tokenizer, nothing if first_rank else barrier)
+            if first_rank and source.format != "prepared":
+                barrier()
+            opened.append(split_prepared(PreparedSet(folder, tokenizer), config, seed, source.path, share))
+        return opened
+
+    opened = sets(config.sources, fraction)
+    train_blend = Blend([train for train, _ in opened], [s.weight for s in config.sources], seed)
+    if config.validation_sources:
+        held = sets(config.validation_sources, 0.0)
+        return train_blend, Blend([train for train, _ in held], [s.weight for s in config.validation_sources], seed)
+    if fraction == 0:
+        return train_blend, None
+    validation = [part for _, part in opened if part is not None]
+    return train_blend, Blend(validation, [s.weight for s in config.sources], seed)
+
+
+def check_lengths(samples: Samples) -> None:
+    """Read the first sample, so that an unreadable or empty stream is an error at start-up, not at step 1."""
+    try:
+        samples[0]
+    except StopIteration as error:
+        raise UserError("the data sources hold no text") from error

@@ -1,0 +1,117 @@
+"""Documents packed into sequences of fixed length, with the document boundaries kept."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from skv_dist.config.data import DataConfig
+from skv_dist.data.order import held_out, shuffled
+from skv_dist.data.prepared import PreparedSet
+from skv_dist.errors import UserError
+
+
+class Sample(NamedTuple):
+    """One sequence and the token after it.
+
+    Attributes:
+        tokens: int64 [s + 1].
+        documents: int64 [s + 1], counting the documents within this sample from 0.
+    """
+
+    tokens: np.ndarray
+    documents: np.ndarray
+
+
+class PackedDocuments:
+    """Some documents of a prepared set, laid end to end and cut into windows of ``sequence_length``.
+
+    Window i holds tokens [i * s, i * s + s + 1): consecutive windows share one token, so that every token but the
+    very first is predicted exactly once an epoch.
+    """
+
+    def __init__(self, prepared: PreparedSet, chosen: np.ndarray, sequence_length: int) -> None:
+        self._prepared = prepared
+        self._chosen = chosen
+        self._starts = np.concatenate([[0], np.cumsum(np.diff(prepared.offsets)[chosen])])
+        self._length = sequence_length
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._starts[-1])
+
+    def __len__(self) -> int:
+        return max(0, (self.num_tokens - 1) // self._length)
+
+    def __getitem__(self, index: int) -> Sample:
+        begin, end = index * self._length, (index + 1) * self._length + 1
+        first = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        pieces, labels = [], []
+        place = first
+        while begin < end:
+            stop = min(end, int(self._starts[place + 1]))
+            offset = int(self._prepared.offsets[self._chosen[place]]) - int(self._starts[place])
+            pieces.append(np.asarray(self._prepared.tokens[begin + offset : stop + offset], dtype=np.int64))
+            labels.append(np.full(stop - begin, place - first, dtype=np.int64))
+            begin, place = stop, place + 1
+        return Sample(np.concatenate(pieces), np.concatenate(labels))
+
+
+class SequenceSet:
+    """An endless, shuffled sequence of samples over some windows; a new order each epoch."""
+
+    def __init__(self, windows: PackedDocuments, indices: np.ndarray | None, seed: int, stream: str) -> None:
+        self._windows = windows
+        self._indices = indices
+        self._seed = seed
+        self._stream = stream
+
+    def __len__(self) -> int:
+        return len(self._windows) if self._indices is None else len(self._indices)
+
+    def __getitem__(self, position: int) -> Sample:
+        epoch, within = divmod(position, len(self))
+        index = shuffled(within, len(self), self._seed, self._stream, epoch)
+        return self._windows[index if self._indices is None else int(self._indices[index])]
+
+
+def split_prepared(
+    prepared: PreparedSet, config: DataConfig, seed: int, stream: str, fraction: float
+) -> tuple[SequenceSet, SequenceSet | None]:
+    """Training and validation sequences of one set.
+
+    Args:
+        stream: names the source, so that two sources are shuffled independently.
+        fraction: share held out; 0 gives no validation set.
+
+    Raises:
+        UserError: a part holds no whole sequence.
+    """
+    length = config.sequence_length
+    everything = np.arange(prepared.num_documents)
+
+    def check(size: int, what: str, tokens: int) -> None:
+        if size == 0:
+            raise UserError(
+                f"data source '{stream}': its {what} of {tokens} tokens holds no sequence of "
+                f"data.sequence_length {length} (+1): lower data.sequence_length, add data or change "
+                "data.validation_fraction"
+            )
+
+    if config.validation_split == "sequence" or fraction == 0:
+        windows = PackedDocuments(prepared, everything, length)
+        mask = np.fromiter((held_out(i, fraction, seed, stream) for i in range(len(windows))), dtype=bool)
+        check(int((~mask).sum()), "training part", windows.num_tokens)
+        train = SequenceSet(windows, np.flatnonzero(~mask) if mask.any() else None, seed, stream)
+        if fraction == 0:
+            return train, None
+        check(int(mask.sum()), "validation part", windows.num_tokens)
+        return train, SequenceSet(windows, np.flatnonzero(mask), seed, stream + "/validation")
+
+    mask = np.fromiter((held_out(i, fraction, seed, stream) for i in everything), dtype=bool)
+    parts = []
+    for chosen, what in ((everything[~mask], "training part"), (everything[mask], "validation part")):
+        windows = PackedDocuments(prepared, chosen, length)
+        check(len(windows), f"{what} ({len(chosen)} of {len(everything)} documents)", windows.num_tokens)
+        suffix = "/validation" if what == "validation part" else ""
+        parts.append(SequenceSet(windows, None, seed, stream + suffix))
+    return parts[0], parts[1]

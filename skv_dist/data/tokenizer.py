@@ -1,0 +1,95 @@
+"""Tokenizers: bytes by default (nothing to download), or any Hugging Face tokenizer."""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from skv_dist.errors import UserError
+
+
+class Tokenizer(Protocol):
+    """What the data pipeline needs of a tokenizer."""
+
+    vocab_size: int
+    end_of_document: int
+    name: str
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, int64 [n], without special tokens."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def fingerprint(self) -> str:
+        """Changes whenever the same text could give other ids."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes with the ids of transformers' ByT5 tokenizer: byte b is b + 3; 0 pad, 1 end of document, 2 unknown.
+
+    Being ByT5's, it can be saved beside an exported model as a stock tokenizer.
+    """
+
+    name = "byte"
+    vocab_size = 259
+    end_of_document = 1
+    _offset = 3
+
+    def encode(self, text: str) -> np.ndarray:
+        # surrogatepass: a lone surrogate in scraped text must not end a run
+        data = text.encode("utf-8", errors="surrogatepass")
+        return np.frombuffer(data, dtype=np.uint8).astype(np.int64) + self._offset
+
+    def decode(self, ids: list[int]) -> str:
+        data = bytes(i - self._offset for i in ids if self._offset <= i < self.vocab_size)
+        return data.decode("utf-8", errors="replace")
+
+    def fingerprint(self) -> str:
+        return "byte-v1"
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer saved in a folder or named on the hub, through ``transformers.AutoTokenizer``."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # transformers raises a different class for each way this can fail
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"data.tokenizer '{name}' cannot be loaded: {reason}") from error
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(f"data.tokenizer '{name}' has no end-of-sequence token, which ends each document")
+        self.name = name
+        self.vocab_size = len(self._tokenizer)
+        self.end_of_document = int(self._tokenizer.eos_token_id)
+
+    def encode(self, text: str) -> np.ndarray:
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.asarray(ids, dtype=np.int64)
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def fingerprint(self) -> str:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        content = backend.to_str() if backend is not None else repr(sorted(self._tokenizer.get_vocab().items()))
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called ``name`` in ``data.tokenizer``.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    if name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"data.tokenizer '{name}' is not a folder")
+        return HuggingFaceTokenizer(str(folder))
+    return HuggingFaceTokenizer(name)

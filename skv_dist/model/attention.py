@@ -1,0 +1,142 @@
+"""Attention whose K/V may come from an earlier layer.
+
+The routing point is behind k-norm and rotary positions: what a layer lends is the object that a cache would hold
+(METHOD.md). Megatron's `SelfAttention` gives the projections and the tensor-parallel split; only the walk through
+them is ours, so that K/V are arguments and results instead of hidden state.
+"""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class KV(NamedTuple):
+    """Keys and values of one layer on this rank, each [s, b, k, d], after k-norm and rotary positions."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Causal attention through ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Takes the place of Megatron's unfused core attention in the local spec: flash attention on a GPU, grouped queries
+    without repeating heads.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **_: object
+    ) -> torch.Tensor:
+        """query [s, b, q, d], key and value [s, b, k, d] -> [s, b, q * d].
+
+        ``attention_mask``: None for causal; a bool tensor [b, 1, s, s], True where attention is allowed; or a flex
+        attention `BlockMask`.
+        """
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
+        grouped = query.shape[1] != key.shape[1]
+        if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
+            from skv_dist.model.documents import flex_attention
+
+            out = flex_attention(query, key, value, attention_mask, grouped, self.softmax_scale)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            with self._dropout_rng(dropout):
+                out = F.scaled_dot_product_attention(
+                    query, key, value, attn_mask=attention_mask, dropout_p=dropout,
+                    is_causal=attention_mask is None, scale=self.softmax_scale, enable_gqa=grouped,
+                )  # fmt: skip
+        return out.permute(2, 0, 1, 3).flatten(2)  # [s, b, q * d]
+
+    def _dropout_rng(self, dropout: float) -> Any:
+        """Heads are split over tensor-parallel ranks: each drops on its own stream (with SP the chunk forks it)."""
+        if dropout and not self.config.sequence_parallel:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
+
+
+class _KeepInGraph(torch.autograd.Function):
+    """Identity on the first argument that gives the others a zero gradient instead of none.
+
+    A layer whose K/V nobody reads must still hand every parameter a gradient, on every rank: replicas draw different
+    routes, and a reduction that some of them enter and others do not would hang or mix up buckets.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *unread: torch.Tensor) -> torch.Tensor:
+        ctx.shapes = [(t.shape, t.dtype, t.device) for t in unread]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
+        return grad, *zeros
+
+
+class RoutedSelfAttention(SelfAttention):
+    """Megatron's self-attention with K/V as explicit input and output. Works over the local and the TE spec."""
+
+    # Set once by the chunk from train.recompute, not through Megatron's config: Megatron's own recompute region would
+    # hold the borrowed K/V by closure, and their gradients would vanish without an error (RECIPE.md).
+    recompute_core = False
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: torch.Tensor,
+        rotary: torch.Tensor,
+        mask: Any,
+        borrowed: KV | None,
+        read_by_others: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, KV]:
+        """Attend to own or borrowed K/V.
+
+        Args:
+            hidden: [s, b, h], or [s/t, b, h] with sequence parallelism.
+            rotary: angles, float32 [s, 1, 1, d].
+            mask: see `SdpaCoreAttention`.
+            borrowed: K/V of the source layer; None to use this layer's own.
+            read_by_others: whether a later layer reads this layer's own K/V.
+
+        Returns:
+            Output of the projection (shape of ``hidden``), its bias if any, and this layer's own K/V.
+        """
+        query, key, value = self.get_query_key_value_tensors(hidden)
+        query = apply_rotary_pos_emb(query, rotary, config=self.config, cp_group=self.pg_collection.cp)
+        key = apply_rotary_pos_emb(key, rotary, config=self.config, cp_group=self.pg_collection.cp)
+        own = KV(key, value)
+        used = own if borrowed is None else borrowed
+        if self.recompute_core and self.training:
+            context = tensor_parallel.checkpoint(lambda q, k, v: self._core(q, k, v, mask), False, query, *used)
+        else:
+            context = self._core(query, used.key, used.value, mask)
+        if borrowed is not None and not read_by_others:
+            context = _KeepInGraph.apply(context, key, value)
+        output, bias = self.linear_proj(context)
+        return output, bias, own
+
+    def _core(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+        return self.core_attention(
+            query, key, value, mask, attn_mask_type=self.attn_mask_type, attention_bias=None, packed_seq_params=None
+        )

@@ -1,0 +1,197 @@
+"""A run of consecutive layers on one rank, with embedding and head where they belong."""
+
+import contextlib
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+
+from skv_dist.config.run import RunConfig
+from skv_dist.errors import UserError
+from skv_dist.model.attention import KV
+from skv_dist.model.cross_entropy import vocab_parallel_cross_entropy
+from skv_dist.model.documents import document_mask
+from skv_dist.model.megatron_config import layer_spec, norm_class, transformer_config, transformer_impl
+from skv_dist.model.rotary import inverse_frequencies, rotary_angles
+from skv_dist.routing import RoutePlan
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_parallel_size: int) -> int:
+    """The vocabulary rounded up so that each tensor-parallel rank holds the same, well-aligned number of rows."""
+    multiple = divisible_by * tensor_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def _nothing(_: torch.Tensor) -> None:
+    """Weights are drawn by `skv_dist.model.initialize`."""
+
+
+class RoutedChunk(MegatronModule):
+    """Layers ``first_layer <= l < last_layer`` of the routed transformer.
+
+    Layers carry their global numbers (``layers.17.mlp...`` is layer 17 on whichever rank it lives), so a parameter has
+    one name in every layout.
+    """
+
+    def __init__(self, run: RunConfig, vocab_size: int, first_layer: int = 0, last_layer: int | None = None) -> None:
+        """Build the chunk.
+
+        Args:
+            run: the run configuration; process groups must exist.
+            vocab_size: size without padding.
+            first_layer, last_layer: half-open range of global layer numbers; all by default.
+        """
+        config = transformer_config(run)
+        super().__init__(config=config)
+        model = run.model
+        self.vocab_size = vocab_size
+        self.num_layers = model.num_layers
+        self.first_layer = first_layer
+        self.last_layer = model.num_layers if last_layer is None else last_layer
+        self.has_embedding = self.first_layer == 0
+        self.has_head = self.last_layer == model.num_layers
+        self.recompute_layers = run.train.recompute == "full"
+        self.model_type = ModelType.encoder_or_decoder
+        self.vp_stage: int | None = None
+        self.tie_embeddings = model.tie_embeddings
+
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        self.tp_group, self.tp_rank, self.tp_size = groups.tp, groups.tp.rank(), groups.tp.size()
+        padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, self.tp_size)
+        if self.has_embedding:
+            self.embedding = VocabParallelEmbedding(
+                padded, model.hidden_size, init_method=_nothing, config=config, tp_group=self.tp_group,
+                reduce_scatter_embeddings=config.sequence_parallel,
+            )  # fmt: skip
+        spec = layer_spec(model, transformer_impl(run))
+        self.layers = torch.nn.ModuleDict(
+            {
+                str(layer): build_module(spec, config=config, layer_number=layer + 1, pg_collection=groups)
+                for layer in range(self.first_layer, self.last_layer)
+            }
+        )
+        if self.has_head:
+            self.final_norm = norm_class(model)(config, model.hidden_size, model.norm_eps)
+            shared = model.tie_embeddings and self.has_embedding
+            self.output_layer = ColumnParallelLinear(
+                model.hidden_size, padded, config=config, init_method=_nothing, bias=False, gather_output=False,
+                skip_weight_param_allocation=shared, tp_group=self.tp_group,
+            )  # fmt: skip
+        if run.train.recompute == "selective":
+            for layer in self.layers.values():
+                layer.self_attention.recompute_core = "core_attn" in run.train.recompute_modules
+                layer.recompute_mlp_region = "mlp" in run.train.recompute_modules
+        # Not a buffer: casting the module to bf16 must not round the frequencies.
+        self._inverse_frequencies = inverse_frequencies(model)
+        self._angles: torch.Tensor | None = None
+
+    def set_input_tensor(self, _: object) -> None:
+        """Megatron's schedules announce what the stage before sent; a whole model receives nothing."""
+
+    def compile_layers(self) -> None:
+        """Compile each layer on its own: the graph of a step changes with every route table, a layer's does not."""
+        for layer in self.layers.values():
+            layer.compile(dynamic=False)
+
+    def forward(
+        self,
+        plan: RoutePlan,
+        tokens: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the chunk under a route plan.
+
+        Args:
+            plan: the micro-batch's plan, over all layers of the model.
+            tokens: int64 [b, s].
+            labels: int64 [b, s]; None to get logits.
+            documents: int64 [b, s] where attention stops at document boundaries.
+
+        Returns:
+            Loss of each token in nats, float32 [b, s]; without labels the logits, [b, s, vocab_size].
+
+        Raises:
+            UserError: the plan is for another number of layers, or names a source that is not on this chunk.
+        """
+        if plan.num_layers != self.num_layers:
+            raise UserError(f"a route plan over {plan.num_layers} layers met a model of {self.num_layers}")
+        mask = None if documents is None else document_mask(documents)
+        with self._dropout_rng():
+            hidden = self._run_layers(self._embed(tokens), plan, self._rotary(tokens), mask)
+        return self._head(hidden, labels)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(tokens)
+        if not self.config.sequence_parallel:
+            hidden = hidden.transpose(0, 1).contiguous()  # [b, s, h] -> [s, b, h]; with SP the scatter does it
+        return torch.nn.functional.dropout(hidden, self.config.hidden_dropout, self.training)
+
+    def _dropout_rng(self) -> Any:
+        """With sequence parallelism each rank holds other positions, and drops on a stream of its own."""
+        drops = self.training and (self.config.hidden_dropout or self.config.attention_dropout)
+        if drops and self.config.sequence_parallel:
+            return tensor_parallel.get_cuda_rng_tracker().fork()
+        return contextlib.nullcontext()
+
+    def _rotary(self, tokens: torch.Tensor) -> torch.Tensor:
+        length = tokens.shape[1]
+        if self._angles is None or self._angles.shape[0] < length or self._angles.device != tokens.device:
+            self._angles = rotary_angles(self._inverse_frequencies.to(tokens.device), length)
+        return self._angles[:length]
+
+    def _run_layers(self, hidden: torch.Tensor, plan: RoutePlan, rotary: torch.Tensor, mask: Any) -> torch.Tensor:
+        live: dict[int, KV] = {}
+        for number in range(self.first_layer, self.last_layer):
+            source = plan.source(number)
+            borrowed = None
+            if source != number:
+                if source not in live:
+                    raise UserError(
+                        f"layer {number} reads the K/V of layer {source}, which is not on this stage "
+                        f"(layers {self.first_layer}..{self.last_layer - 1})"
+                    )
+                borrowed = live[source]
+            keep = plan.last_reader[number] > number
+            hidden, own = self._run_layer(number, hidden, rotary, mask, borrowed, keep)
+            if keep:
+                live[number] = own
+            if source != number and plan.last_reader[source] == number:
+                del live[source]
+        return hidden
+
+    def _run_layer(
+        self, number: int, hidden: torch.Tensor, rotary: torch.Tensor, mask: Any, borrowed: KV | None, keep: bool
+    ) -> tuple[torch.Tensor, KV]:
+        layer = self.layers[str(number)]
+        if not (self.recompute_layers and self.training):
+            return layer(hidden, rotary, mask, borrowed, keep)
+
+        # Borrowed K/V enter and own K/V leave the region as tensors of its own: what a re-entrant checkpoint holds by
+        # closure gets no gradient, silently.
+        def region(inputs: torch.Tensor, *kv: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+            out, own = layer(inputs, rotary, mask, KV(*kv) if kv else None, keep)
+            return (out, *own) if keep else out
+
+        result = tensor_parallel.checkpoint(region, False, hidden, *(borrowed or ()))
+        if keep:
+            return result[0], KV(*result[1:])
+        return result, KV(hidden, hidden)  # never read: keep is False
+
+    def _head(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        hidden = self.final_norm(hidden)
+        weight = self.embedding.weight if self.tie_embeddings and self.has_embedding else None
+        logits, _ = self.output_layer(hidden, weight=weight)  # [s, b, v]
+        if labels is None:
+            whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
+            return whole[..., : self.vocab_size].transpose(0, 1)
+        group = self.tp_group if self.tp_size > 1 else None
+        losses = vocab_parallel_cross_entropy(
+            logits, labels.transpose(0, 1).contiguous(), self.vocab_size, self.tp_rank, group
+        )
+        return losses.transpose(0, 1)

@@ -1,0 +1,116 @@
+"""Our configuration in Megatron-core's terms."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from skv_dist.config.model import ModelConfig
+from skv_dist.config.run import RunConfig
+from skv_dist.errors import UserError
+from skv_dist.model.attention import RoutedSelfAttention, SdpaCoreAttention
+from skv_dist.model.layer import RoutedLayer
+from skv_dist.model.norm import LayerNorm, RMSNorm
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can be imported (it needs a GPU)."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception:  # a wheel built for another CUDA raises more than ImportError
+        return False
+    return True
+
+
+def transformer_impl(run: RunConfig) -> str:
+    """``local`` or ``transformer_engine``, with ``auto`` resolved.
+
+    Raises:
+        UserError: Transformer Engine is asked for and cannot be used.
+    """
+    asked = run.model.transformer_impl
+    if asked == "transformer_engine" and not has_transformer_engine():
+        raise UserError(
+            "model.transformer_impl: transformer_engine, but Transformer Engine cannot be imported here: "
+            "install it (it needs a GPU) or set model.transformer_impl=local"
+        )
+    if asked != "auto":
+        return asked
+    # Our document mask and our compiled layers are made for the local spec.
+    local = run.data.reset_attention or run.train.compile
+    return "transformer_engine" if has_transformer_engine() and not local else "local"
+
+
+def transformer_config(run: RunConfig) -> TransformerConfig:
+    """Megatron's configuration of the layers of one rank."""
+    model, parallel = run.model, run.parallel
+    dtype = DTYPES[run.train.precision]
+    on_gpu = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.kv_channels,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
+        gated_linear_unit=model.activation == "swiglu",
+        activation_func=F.silu if model.activation == "swiglu" else F.gelu,
+        add_bias_linear=False,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        # Weights are drawn by skv_dist.model.initialize, as a function of their global names.
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        # The fused weight-gradient kernel is Apex's and writes into Megatron's own gradient buffers.
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        # The fused SwiGLU is compiled by Inductor, which wants a compiler on a CPU; it does not nest in ours.
+        bias_activation_fusion=on_gpu and model.activation == "swiglu" and not run.train.compile,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def layer_spec(model: ModelConfig, impl: str) -> ModuleSpec:
+    """Megatron's layer spec with our layer and attention in it; in the local spec also our core attention and norms."""
+    if impl == "transformer_engine":
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
+    else:
+        normalization = "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm"
+        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization=normalization)
+    spec.module = RoutedLayer
+    attention = spec.submodules.self_attention
+    attention.module = RoutedSelfAttention
+    if impl == "local":
+        norm = norm_class(model)
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        attention.submodules.core_attention = SdpaCoreAttention
+        if model.qk_norm:
+            attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
+    return spec
+
+
+def norm_class(model: ModelConfig) -> Any:
+    return RMSNorm if model.norm == "rmsnorm" else LayerNorm

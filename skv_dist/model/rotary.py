@@ -1,0 +1,35 @@
+"""Rotary position frequencies, plain and with Llama-3 scaling."""
+
+import math
+
+import torch
+
+from skv_dist.config.model import ModelConfig
+
+
+def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
+    """float32 [d/2]: radians per position.
+
+    Rotary positions: Su et al., arXiv 2104.09864. Llama-3 scaling: as transformers' ``_compute_llama3_parameters``
+    defines it; wavelengths beyond the original context are stretched by ``factor``, short ones kept, and those
+    between joined smoothly.
+    """
+    width = config.kv_channels
+    exponents = torch.arange(0, width, 2, dtype=torch.int64).to(torch.float32) / width
+    plain = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    context = scaling.original_max_position_embeddings
+    wavelength = 2 * math.pi / plain
+    # 0 at wavelengths that must be stretched, 1 at those that are kept
+    smooth = (context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = smooth.clamp(0, 1)
+    return plain * smooth + plain / scaling.factor * (1 - smooth)
+
+
+def rotary_angles(inverse: torch.Tensor, length: int) -> torch.Tensor:
+    """float32 [s, 1, 1, d]: the angles that Megatron's ``apply_rotary_pos_emb`` takes (halves, not interleaved)."""
+    positions = torch.arange(length, device=inverse.device, dtype=torch.float32)
+    angles = torch.outer(positions, inverse)
+    return torch.cat([angles, angles], dim=-1)[:, None, None, :]

@@ -1,0 +1,144 @@
+"""Process groups: torch.distributed, Megatron's parallel_state, and the view of them that DeepSpeed wants."""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from skv_dist.config.parallel import ParallelConfig
+from skv_dist.errors import UserError
+
+_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands."""
+
+    rank: int
+    size: int
+    device: torch.device
+    tensor_rank: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def world_size_from_environment() -> int:
+    """Number of processes that ``torchrun`` or ``deepspeed`` started; 1 under plain python."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(parallel: ParallelConfig) -> World:
+    """Create all process groups, in Megatron's rank order (tp, cp, dp, pp).
+
+    Under plain python, without a launcher, the process is a world of one.
+
+    Raises:
+        UserError: there are fewer GPUs on this host than local ranks.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from skv_dist.parallel import cpu_platform
+
+        cpu_platform.install()
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    device = torch.device("cpu")
+    if on_gpu:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU of its own: this host has {torch.cuda.device_count()}; "
+                "start fewer processes"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
+    )
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        device=device,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def stop() -> None:
+    """Destroy all process groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Make dropout a pure function of the position in the run, different on each tensor-parallel rank's own stream."""
+    from megatron.core import tensor_parallel
+
+    from skv_dist.routing.draw import DrawKey, words
+
+    value = words(DrawKey(seed, step, micro_batch), b"dropout", 1)[0] >> 2  # torch takes 63 bits, Megatron adds to it
+    if torch.cuda.is_available():
+        tensor_parallel.model_parallel_cuda_manual_seed(value)
+        return
+    from megatron.core import parallel_state
+
+    torch.manual_seed(value)
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.add("model-parallel-rng", value + 2718 + parallel_state.get_tensor_model_parallel_rank())
+
+
+def model_parallel_unit() -> Any:
+    """Megatron's groups under the names that DeepSpeed asks its ``mpu`` for.
+
+    It must have no ``initialize_sequence_parallel``: DeepSpeed would take it for Ulysses sequence parallelism.
+    """
+    from megatron.core import parallel_state as state
+
+    class ModelParallelUnit:
+        @staticmethod
+        def get_model_parallel_rank() -> int:
+            return dist.get_rank(state.get_model_parallel_group())
+
+        @staticmethod
+        def get_model_parallel_world_size() -> int:
+            return dist.get_world_size(state.get_model_parallel_group())
+
+        get_model_parallel_group = staticmethod(state.get_model_parallel_group)
+
+    for kind in ("tensor_model_parallel", "pipeline_model_parallel", "data_parallel"):
+        for what in ("rank", "world_size", "group"):
+            name = f"get_{kind}_{what}"
+            setattr(ModelParallelUnit, name, staticmethod(getattr(state, name)))
+    return ModelParallelUnit

@@ -1,0 +1,150 @@
+"""Policies: each maps the position of a micro-batch to a route table (METHOD.md, "The family")."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from skv_dist.config.routing import RoutingConfig
+from skv_dist.errors import UserError
+from skv_dist.routing.draw import DrawKey, below, happens, words
+from skv_dist.routing.plan import RoutePlan
+from skv_dist.routing.sharing import map_from_cached_layers, validate_sharing_map
+
+Schedule = float | Sequence[tuple[int, float]]
+
+
+def at_step(schedule: Schedule, step: int) -> float:
+    """Value of a constant, or of (step, value) points joined by straight lines and held flat outside them."""
+    if isinstance(schedule, (int, float)):
+        return float(schedule)
+    if step <= schedule[0][0]:
+        return schedule[0][1]
+    for (step_a, value_a), (step_b, value_b) in zip(schedule, schedule[1:]):
+        if step < step_b:
+            return value_a + (value_b - value_a) * (step - step_a) / (step_b - step_a)
+    return schedule[-1][1]
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Base of all policies. ``table`` is a pure function of ``key``: the same wherever and whenever it is called."""
+
+    num_layers: int
+
+    @abstractmethod
+    def table(self, key: DrawKey) -> tuple[int, ...]:
+        """``table[l]``: the layer whose own K/V layer l attends to."""
+
+    def plan(self, key: DrawKey) -> RoutePlan:
+        return RoutePlan(self.table(key))
+
+
+@dataclass(frozen=True)
+class Fixed(Policy):
+    """The same table in every micro-batch: ``none``, ``cla``, ``suffix`` and ``fixed``."""
+
+    sources: tuple[int, ...]
+
+    def table(self, key: DrawKey) -> tuple[int, ...]:
+        return self.sources
+
+
+@dataclass(frozen=True)
+class RandomCLA(Policy):
+    """R-CLA (arXiv 2604.22782): by coin, a source drawn uniformly from all earlier layers.
+
+    ``window`` limits the distance to the source; None means all earlier layers, as in the paper.
+    """
+
+    cross_prob: Schedule
+    window: int | None = None
+
+    def table(self, key: DrawKey) -> tuple[int, ...]:
+        probability = at_step(self.cross_prob, key.step)
+        drawn = words(key, b"r_cla", 2 * self.num_layers)
+        sources = [0]
+        for layer in range(1, self.num_layers):
+            if happens(drawn[2 * layer], probability):
+                reach = layer if self.window is None else min(layer, self.window)
+                sources.append(layer - reach + below(drawn[2 * layer + 1], reach))
+            else:
+                sources.append(layer)
+        return tuple(sources)
+
+
+@dataclass(frozen=True)
+class RandomFixedTarget(Policy):
+    """RD-CLA: the fixed target of CLA, applied by coin (an ablation of arXiv 2604.22782)."""
+
+    targets: tuple[int, ...]
+    cross_prob: Schedule
+
+    def table(self, key: DrawKey) -> tuple[int, ...]:
+        probability = at_step(self.cross_prob, key.step)
+        drawn = words(key, b"rd_cla", self.num_layers)
+        return tuple(
+            target if happens(word, probability) else layer
+            for layer, (target, word) in enumerate(zip(self.targets, drawn))
+        )
+
+
+@dataclass(frozen=True)
+class RandomSubset(Policy):
+    """Draw the cached set, then apply the deployment rule: training distribution = deployment distribution.
+
+    Each layer but the first is kept with probability q; q is drawn per micro-batch, from ``keep_probs`` or, where
+    that is None, uniformly from [0, 1].
+    """
+
+    keep_probs: tuple[float, ...] | None
+
+    def table(self, key: DrawKey) -> tuple[int, ...]:
+        drawn = words(key, b"subset", self.num_layers + 1)
+        if self.keep_probs is None:
+            keep = drawn[-1] / 2**64
+        else:
+            keep = self.keep_probs[below(drawn[-1], len(self.keep_probs))]
+        cached = [0, *(layer for layer in range(1, self.num_layers) if happens(drawn[layer], keep))]
+        return map_from_cached_layers(self.num_layers, cached)
+
+
+def _groups(num_layers: int, group_size: int) -> tuple[int, ...]:
+    return tuple(layer - layer % group_size for layer in range(num_layers))
+
+
+def _suffix(config: RoutingConfig, num_layers: int) -> Policy:
+    if config.shared_layers >= num_layers:
+        raise UserError(
+            f"routing.shared_layers is {config.shared_layers}, but of {num_layers} layers at most {num_layers - 1} "
+            "can share: lower routing.shared_layers"
+        )
+    last_owner = num_layers - config.shared_layers - 1
+    return Fixed(num_layers, tuple(min(layer, last_owner) for layer in range(num_layers)))
+
+
+def _fixed(config: RoutingConfig, num_layers: int) -> Policy:
+    if config.kv_source_layers is None:
+        raise UserError("routing.policy 'fixed' needs a map: set routing.kv_source_layers")
+    return Fixed(num_layers, validate_sharing_map(config.kv_source_layers, num_layers))
+
+
+_BUILDERS: dict[str, Callable[[RoutingConfig, int], Policy]] = {
+    "none": lambda config, n: Fixed(n, tuple(range(n))),
+    "r_cla": lambda config, n: RandomCLA(n, config.cross_prob, config.window),
+    "cla": lambda config, n: Fixed(n, _groups(n, config.group_size)),
+    "rd_cla": lambda config, n: RandomFixedTarget(n, _groups(n, config.group_size), config.cross_prob),
+    "suffix": _suffix,
+    "subset": lambda config, n: RandomSubset(
+        n, None if config.keep_probs == "uniform" else tuple(config.keep_probs)
+    ),
+    "fixed": _fixed,
+}
+
+
+def build_policy(config: RoutingConfig, num_layers: int) -> Policy:
+    """The policy that the ``routing`` section asks for.
+
+    Raises:
+        UserError: the section does not fit the number of layers.
+    """
+    return _BUILDERS[config.policy](config, num_layers)

@@ -1,0 +1,58 @@
+"""Sharing maps: which layers keep a KV cache at deployment, and who uses it (METHOD.md, "Deployment rule").
+
+Source of the rule: arXiv 2604.22782. A layer in the cached set uses its own K/V; any other uses those of the
+nearest preceding layer in the set.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from skv_dist.errors import UserError
+
+
+def map_from_cached_layers(num_layers: int, cached_layers: Iterable[int]) -> tuple[int, ...]:
+    """The map in which only ``cached_layers`` keep a cache.
+
+    Raises:
+        UserError: the set is empty, misses layer 0, or names a layer that does not exist.
+    """
+    cached = sorted(set(cached_layers))
+    outside = [layer for layer in cached if not 0 <= layer < num_layers]
+    if outside:
+        raise UserError(f"cached_layers names layer {outside[0]}, but the model has layers 0..{num_layers - 1}")
+    if not cached or cached[0] != 0:
+        raise UserError("cached_layers must contain layer 0: nothing before it could lend it K/V")
+    table: list[int] = []
+    for layer in range(num_layers):
+        table.append(layer if layer in cached else table[-1])
+    return tuple(table)
+
+
+def map_from_retention(num_layers: int, retention: float) -> tuple[int, ...]:
+    """Uniform groups of ``round(1 / retention)`` layers, each led by its first layer.
+
+    Raises:
+        UserError: retention is not in (0, 1].
+    """
+    if not 0.0 < retention <= 1.0:
+        raise UserError(f"retention must lie in (0, 1], got {retention}")
+    group = min(num_layers, int(1.0 / retention + 0.5))  # not round(): 1/0.4 is 2.5, and halves go up
+    return tuple(layer - layer % group for layer in range(num_layers))
+
+
+def validate_sharing_map(kv_source_layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Check an explicit deployment map ``kv_source_layers[l] <= l`` whose sources own their cache.
+
+    Raises:
+        UserError: the length is wrong, a source comes later than its reader, or a source is itself a sharer.
+    """
+    if len(kv_source_layers) != num_layers:
+        raise UserError(f"kv_source_layers has {len(kv_source_layers)} entries for a model of {num_layers} layers")
+    for layer, source in enumerate(kv_source_layers):
+        if not 0 <= source <= layer:
+            raise UserError(f"kv_source_layers[{layer}] is {source}, which is not one of 0..{layer}")
+        if kv_source_layers[source] != source:
+            raise UserError(
+                f"kv_source_layers[{layer}] is {source}, but layer {source} keeps no cache of its own "
+                f"(it uses that of layer {kv_source_layers[source]})"
+            )
+    return tuple(kv_source_layers)
