@@ -86,9 +86,9 @@ class RoutedChunk(MegatronModule):
             for layer in self.layers.values():
                 layer.self_attention.recompute_core = "core_attn" in run.train.recompute_modules
                 layer.recompute_mlp_region = "mlp" in run.train.recompute_modules
-        # Not a buffer: casting the module to bf16 must not round the frequencies.
-        self._inverse_frequencies = inverse_frequencies(model)
+        # Computed at first use and no buffer: neither deepspeed.zero.Init nor a cast to bf16 may round them.
         self._angles: torch.Tensor | None = None
+        self._model = model
 
     def set_input_tensor(self, _: object) -> None:
         """Megatron's schedules announce what the stage before sent; a whole model receives nothing."""
@@ -142,7 +142,7 @@ class RoutedChunk(MegatronModule):
     def _rotary(self, tokens: torch.Tensor) -> torch.Tensor:
         length = tokens.shape[1]
         if self._angles is None or self._angles.shape[0] < length or self._angles.device != tokens.device:
-            self._angles = rotary_angles(self._inverse_frequencies.to(tokens.device), length)
+            self._angles = rotary_angles(inverse_frequencies(self._model).to(tokens.device), length)
         return self._angles[:length]
 
     def _run_layers(self, hidden: torch.Tensor, plan: RoutePlan, rotary: torch.Tensor, mask: Any) -> torch.Tensor:

@@ -85,11 +85,16 @@ def start(parallel: ParallelConfig) -> World:
     )
 
 
-def stop() -> None:
-    """Destroy all process groups."""
+def leave_model_parallel() -> None:
+    """Forget Megatron's groups, so that `start` can make others in the same world."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+
+
+def stop() -> None:
+    """Destroy all process groups."""
+    leave_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,0 +1,85 @@
+"""What the trainer needs of whatever owns parameters, gradients and optimizer state."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from skv_dist.config.train import OptimizerConfig
+from skv_dist.parallel.build import Root
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """Result of one optimizer step.
+
+    Attributes:
+        grad_norm: global L2 norm of the gradient before clipping; infinite or NaN where a gradient is.
+        applied: False where the update was left out.
+    """
+
+    grad_norm: float
+    applied: bool
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW (decoupled weight decay, Loshchilov and Hutter, arXiv 1711.05101) that can be told to leave a step out.
+
+    ZeRO optimizers compute the gradient norm inside their step, just before they call this one: it is the last place
+    where a bad step can be stopped on all ranks alike, with gradients cleared as after any other.
+    """
+
+    leave_out: Callable[[], bool] = staticmethod(lambda: False)
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.leave_out() else super().step(closure)
+
+
+def build_optimizer(
+    named: Iterator[tuple[str, torch.nn.Parameter]], config: OptimizerConfig, fused: bool
+) -> GuardedAdamW:
+    """AdamW with weight decay on matrices only: not on norms or biases."""
+    decayed, plain = [], []
+    for name, parameter in named:
+        (plain if "norm" in name or name.endswith("bias") else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return GuardedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def is_valid_norm(norm: float) -> bool:
+    """DeepSpeed reports a bad norm as -1 in some places, as infinity in others."""
+    return math.isfinite(norm) and norm >= 0
+
+
+class Engine(ABC):
+    """Owns the parameters of one rank. Gradients are averaged over data-parallel replicas, accumulated in fp32."""
+
+    root: Root
+    optimizer: GuardedAdamW
+
+    @abstractmethod
+    def forward(self, chunk: int, *args: Any) -> torch.Tensor:
+        """Run a chunk, with or without gradient."""
+
+    @abstractmethod
+    def step(self, leave_out: bool = False) -> StepOutcome:
+        """Reduce, clip and update with all gradients since the last step, and clear them.
+
+        Args:
+            leave_out: clear the gradients without an update. Must be the same on all ranks.
+        """
+
+    @abstractmethod
+    def parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """fp32 value of this tensor-parallel rank's part. Collective over data-parallel ranks."""
+
+    @abstractmethod
+    def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        """Set parameters, fp32 masters included, from this tensor-parallel rank's parts. Collective."""
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr

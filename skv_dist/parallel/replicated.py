@@ -1,0 +1,99 @@
+"""ZeRO stage 0: every replica holds everything.
+
+DeepSpeed has no stage 0 for bf16 parameters with fp32 accumulation ("unsupported mix"), and at stage 0 it refuses a
+backward that it did not start itself, as pipeline schedules need. Plain data parallelism is small enough to write.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from skv_dist.config.run import RunConfig
+from skv_dist.parallel.build import build_root, local_initial_values
+from skv_dist.parallel.engine import Engine, StepOutcome, build_optimizer, is_valid_norm
+
+
+class ReplicatedEngine(Engine):
+    """Data parallelism with fp32 masters and one flat fp32 gradient buffer."""
+
+    def __init__(self, run: RunConfig, vocab_size: int, device: torch.device) -> None:
+        self.root = build_root(run, vocab_size, device)
+        if run.train.compile:
+            for chunk in self.root.chunks:
+                chunk.compile_layers()
+        self._clip = run.optimizer.clip_grad_norm
+        self._bucket = run.parallel.zero_bucket_mb * 2**20 // 4
+        self._data_group = parallel_state.get_data_parallel_group()
+        self._model_group = parallel_state.get_model_parallel_group()
+        named = list(self.root.named())
+        self._parameters = [parameter for _, parameter in named]
+        with torch.no_grad():
+            for parameter, value in local_initial_values(run, self.root, vocab_size):
+                parameter.copy_(value)
+        self._buffer = torch.zeros(sum(p.numel() for p in self._parameters), device=device)
+        sizes = [p.numel() for p in self._parameters]
+        views = [v.view_as(p) for v, p in zip(self._buffer.split(sizes), self._parameters)]
+        self._gradients = dict(zip(self._parameters, views))
+        self._masters: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+        for parameter in self._parameters:
+            if parameter.dtype == torch.float32:
+                parameter.grad = self._gradients[parameter]  # autograd adds to it in place
+                self._masters[parameter] = parameter
+            else:
+                self._masters[parameter] = torch.nn.Parameter(parameter.detach().float())
+                parameter.register_post_accumulate_grad_hook(self._accumulate)
+        self.optimizer = build_optimizer(
+            iter([(name, self._masters[parameter]) for name, parameter in named]), run.optimizer, device.type == "cuda"
+        )
+        counted = parallel_state.get_tensor_model_parallel_rank() == 0
+        self._normed = [
+            self._gradients[p] for p in self._parameters if counted or p.tensor_model_parallel  # type: ignore[attr-defined]
+        ]
+
+    def _accumulate(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        self._gradients[parameter].add_(parameter.grad)  # type: ignore[index]
+        parameter.grad = None
+
+    def forward(self, chunk: int, *args: Any) -> torch.Tensor:
+        return self.root(chunk, *args)
+
+    @torch.no_grad()
+    def _reduce(self, buffer: torch.Tensor) -> None:
+        if self._data_group.size() > 1:
+            for part in buffer.split(self._bucket):
+                dist.all_reduce(part, group=self._data_group)
+            buffer.div_(self._data_group.size())
+
+    @torch.no_grad()
+    def step(self, leave_out: bool = False) -> StepOutcome:
+        self._reduce(self._buffer)
+        squares = torch.stack([gradient.square().sum() for gradient in self._normed]).sum()
+        dist.all_reduce(squares, group=self._model_group)
+        norm = squares.sqrt().item()
+        applied = not leave_out and is_valid_norm(norm)
+        if applied:
+            if self._clip > 0 and norm > self._clip:
+                self._buffer.mul_(self._clip / (norm + 1e-6))
+            for parameter, master in self._masters.items():
+                master.grad = self._gradients[parameter]
+            self.optimizer.step()
+            for parameter, master in self._masters.items():
+                if master is not parameter:
+                    parameter.copy_(master)
+        self._buffer.zero_()
+        return StepOutcome(norm, applied)
+
+    def parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return self._masters[parameter].detach()
+
+    @torch.no_grad()
+    def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        for parameter, value in values:
+            self._masters[parameter].copy_(value)
+            parameter.copy_(value)
+
+

@@ -1,0 +1,127 @@
+"""ZeRO stages 1 to 3 through DeepSpeed, driven by our own loop and schedules.
+
+DeepSpeed's defaults meant for its own loop train happily with wrong gradients under another (RECIPE.md, "Silent
+traps"). Each setting below that cures one says so; tests/parallel fail without each.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from skv_dist.config.run import RunConfig
+from skv_dist.parallel.build import build_root, local_initial_values
+from skv_dist.parallel.engine import Engine, StepOutcome, build_optimizer, is_valid_norm
+from skv_dist.parallel.groups import model_parallel_unit
+
+
+def deepspeed_config(run: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration; the user never writes one."""
+    bucket = run.parallel.zero_bucket_mb * 2**20 // 4
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
+        # It would divide by this at every stage; our loss is scaled once, and step() is called once a batch.
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # Its default is 1.0.
+        "gradient_clipping": run.optimizer.clip_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+        "zero_optimization": {
+            "stage": run.parallel.zero_stage,
+            "overlap_comm": run.parallel.overlap_comm,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+    }
+    if run.train.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        # Without these it adds up micro-batches, and replicas, in bf16.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
+    return config
+
+
+class ZeroEngine(Engine):
+    """A `DeepSpeedEngine` (not its `PipelineEngine`)."""
+
+    def __init__(self, run: RunConfig, vocab_size: int, device: torch.device) -> None:
+        import deepspeed
+        from deepspeed.utils import logger
+
+        logger.setLevel("ERROR")
+        config = deepspeed_config(run)
+        self._stage = run.parallel.zero_stage
+        context = None
+        if self._stage == 3:
+            # No dtype=: on a CPU, DeepSpeed 0.19.8 takes bf16 whatever is given there. It reads the configuration.
+            context = deepspeed.zero.Init(
+                data_parallel_group=parallel_state.get_data_parallel_group(), config_dict_or_path=config,
+                mem_efficient_linear=False, remote_device=str(device.type),
+            )  # fmt: skip
+        self.root = build_root(run, vocab_size, device, context)
+        if self._stage == 3:
+            self._register_tied_weight(deepspeed)
+        self._write(local_initial_values(run, self.root, vocab_size))
+        if run.train.compile:
+            for chunk in self.root.chunks:
+                chunk.compile_layers()
+        self.optimizer = build_optimizer(self.root.named(), run.optimizer, device.type == "cuda")
+        self.optimizer.leave_out = self._leave_out  # type: ignore[method-assign]
+        self._skip = False
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=self.root, optimizer=self.optimizer, config=config, mpu=model_parallel_unit(), dist_init_required=False
+        )
+        # Two backwards with no forward between them would drop the gradient of the second (RECIPE.md, trap 3).
+        self.root.on_backward = self._zero.clear_backward_seen_flag
+
+    def _register_tied_weight(self, deepspeed: Any) -> None:
+        """The head reads a weight that belongs to the embedding: ZeRO-3 must gather it for the head as well."""
+        for chunk in self.root.chunks:
+            if chunk.has_embedding and chunk.has_head and chunk.tie_embeddings:
+                deepspeed.zero.register_external_parameter(chunk.output_layer, chunk.embedding.weight)
+
+    @torch.no_grad()
+    def _write(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        """Set the working copies of parameters, one at a time."""
+        import deepspeed
+
+        for parameter, value in values:
+            if self._stage < 3:
+                parameter.data.copy_(value)
+                continue
+            source = parallel_state.get_data_parallel_src_rank()
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=source):
+                parameter.data.copy_(value)
+
+    def forward(self, chunk: int, *args: Any) -> torch.Tensor:
+        return self._engine(chunk, *args)
+
+    def _norm(self) -> float:
+        norm = self._zero._global_grad_norm
+        return float("nan") if norm is None else float(norm)
+
+    def _leave_out(self) -> bool:
+        return self._skip or not is_valid_norm(self._norm())
+
+    def step(self, leave_out: bool = False) -> StepOutcome:
+        self._skip = leave_out
+        self._engine.step()
+        norm = self._norm()
+        if getattr(self._zero, "overflow", False):
+            norm = float("inf")
+        return StepOutcome(norm, not leave_out and is_valid_norm(norm))
+
+    def parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).detach()
+
+    @torch.no_grad()
+    def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for parameter, value in values:
+            safe_set_full_fp32_param(parameter, value)
+            self._write(iter([(parameter, value)]))

@@ -1,0 +1,22 @@
+"""Shared fixtures."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.workers import Workers
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Callable[[int], Workers]]:
+    """``workers(n)``: n processes, started at first use and kept."""
+    pools: dict[int, Workers] = {}
+
+    def get(size: int) -> Workers:
+        if size not in pools:
+            pools[size] = Workers(size)
+        return pools[size]
+
+    yield get
+    for pool in pools.values():
+        pool.close()

@@ -1,0 +1,122 @@
+"""What the parity tests run inside worker processes, and the small configuration they start from."""
+
+from typing import Any
+
+import numpy as np
+
+VOCAB = 101  # odd on purpose: padded differently for each tensor-parallel size
+SEQUENCE = 16
+GLOBAL_BATCH = 8
+
+BASE: dict[str, Any] = {
+    "model": {
+        "num_layers": 6, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_kv_heads": 2,
+        "qk_norm": True, "make_vocab_size_divisible_by": 8, "transformer_impl": "local",
+    },
+    "routing": {"policy": "r_cla", "cross_prob": 0.6},
+    "data": {"sequence_length": SEQUENCE, "sources": [{"path": "unused", "format": "text"}]},
+    "train": {
+        "steps": 3, "output_dir": "unused", "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2,
+        "precision": "fp32", "seed": 7,
+    },
+    "optimizer": {"lr": 1e-2, "clip_grad_norm": 0.5, "weight_decay": 0.1},
+}  # fmt: skip
+
+
+def config(**sections: dict[str, Any]) -> dict[str, Any]:
+    """BASE with keys of some sections replaced."""
+    return {name: {**BASE.get(name, {}), **sections.get(name, {})} for name in {**BASE, **sections}}
+
+
+def global_batch(step: int, reset_attention: bool = False) -> list[Any]:
+    """The micro-batches of one step, over all replicas. Some predictions do not count, unevenly."""
+    from skv_dist.data.batches import collate
+    from skv_dist.data.packing import Sample
+
+    rng = np.random.default_rng(step)
+    batches = []
+    for index in range(GLOBAL_BATCH // 2):
+        samples = []
+        for _ in range(2):
+            tokens = rng.integers(0, VOCAB, SEQUENCE + 1)
+            boundary = int(rng.integers(1, SEQUENCE))
+            samples.append(Sample(tokens, (np.arange(SEQUENCE + 1) >= boundary).astype(np.int64)))
+        batch = collate(index, samples, reset_attention)
+        batch.loss_mask[0, : 2 * index] = 0
+        batches.append(batch)
+    return batches
+
+
+def _capture_gradients(engine: Any, run: Any) -> dict[str, np.ndarray]:
+    """Every gradient of the last batch, reduced, as the optimizer would get it.
+
+    The optimizer's update is replaced by "parameter := gradient" for one step: whatever the ZeRO stage, full
+    parameters then are full gradients, and no private attribute is read.
+    """
+    from skv_dist.parallel.gather import full_parameters
+
+    optimizer = engine.optimizer
+
+    def take_gradient(closure: Any = None) -> None:
+        import torch
+
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.copy_(parameter.grad)
+
+    optimizer.step = take_gradient
+    outcome = engine.step()
+    gradients = {name: value.numpy().copy() for name, value in full_parameters(engine, run, VOCAB)}
+    del optimizer.step
+    return {"": np.float64(outcome.grad_norm), **gradients}
+
+
+def train(settings: dict[str, Any], steps: int = 3) -> dict[str, Any] | None:
+    """Train some steps, then take the gradients of one more batch. Rank 0 returns losses, parameters, gradients."""
+    from skv_dist.config.run import RunConfig
+    from skv_dist.parallel import groups
+    from skv_dist.parallel.create import create_engine
+    from skv_dist.parallel.gather import full_parameters
+    from skv_dist.parallel.step import count_tokens, run_batch
+    from skv_dist.routing import build_policy
+    from skv_dist.routing.draw import DrawKey
+
+    run = RunConfig.model_validate(settings)
+    world = groups.start(run.parallel)
+    try:
+        engine = create_engine(run, VOCAB, world.device)
+        policy = build_policy(run.routing, run.model.num_layers)
+
+        def batch(step: int) -> float:
+            mine = [
+                b for b in global_batch(step, run.data.reset_attention) if b.index % world.data_size == world.data_rank
+            ]
+            plans = [policy.plan(DrawKey(run.train.seed, step, b.index)) for b in mine]
+            tokens = count_tokens(mine, world.device)
+            return run_batch(engine, mine, plans, tokens=tokens, train=True).item()
+
+        engine.set_lr(run.optimizer.lr)
+        losses, norms = [], []
+        for step in range(steps):
+            losses.append(batch(step))
+            norms.append(engine.step().grad_norm)
+        parameters = {name: value.numpy().copy() for name, value in full_parameters(engine, run, VOCAB)}
+        losses.append(batch(steps))
+        # Clipping would hide a wrong scale of the gradient.
+        unclip(engine)
+        gradients = _capture_gradients(engine, run)
+        norms.append(float(gradients.pop("")))
+        return {"losses": losses, "norms": norms, "parameters": parameters, "gradients": gradients} if world.is_first else None
+    finally:
+        groups.leave_model_parallel()
+
+
+def unclip(engine: Any) -> None:
+    if hasattr(engine, "_clip"):
+        engine._clip = 0.0
+        return
+    for name in ("clip_grad", "_clip_grad"):
+        if hasattr(engine._zero, name):
+            setattr(engine._zero, name, 0.0)

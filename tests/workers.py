@@ -1,0 +1,81 @@
+"""Runs a function on N gloo processes that live for the whole test session.
+
+Importing torch, Megatron and DeepSpeed takes seconds, so the processes are kept; each job makes its own
+model-parallel groups inside the one world.
+"""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+JOB_TIMEOUT = 300
+
+
+def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        job = pipe.recv()
+        if job is None:
+            return
+        function, arguments = job
+        try:
+            pipe.send((True, function(*arguments)))
+        except BaseException as error:
+            pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+
+
+class JobFailedError(Exception):
+    """A worker raised; ``kind`` is the name of its exception class."""
+
+    def __init__(self, kind: str, message: str, trace: str) -> None:
+        super().__init__(f"{kind}: {message}\n{trace}")
+        self.kind, self.message = kind, message
+
+
+class Workers:
+    """``size`` processes; calling it runs ``function(*arguments)`` on all and returns their results by rank."""
+
+    def __init__(self, size: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(JOB_TIMEOUT):
+                self.close()
+                raise TimeoutError(f"rank {rank} gave no answer within {JOB_TIMEOUT} s")
+            answers.append(pipe.recv())
+        for succeeded, answer in answers:
+            if not succeeded:
+                raise JobFailedError(*answer)
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
