@@ -33,8 +33,8 @@ def write_prepared(out: Path, token_documents: Iterable[np.ndarray], tokenizer: 
     Raises:
         UserError: ``out`` exists, cannot be written, or there was no text at all (nothing is left behind).
     """
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     if out.exists():
         raise UserError(f"{out} exists already: remove it or choose another folder")

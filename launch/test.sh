@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Sets everything up in .venv and runs the checks and tests. Arguments go to pytest.
+set -euo pipefail
+. "$(dirname "$0")/common.sh"
+ruff check .
+python -m pytest "$@"

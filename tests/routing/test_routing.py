@@ -1,0 +1,124 @@
+"""Route tables, policies, sharing maps and liveness."""
+
+import hashlib
+import time
+
+import pytest
+
+from skv_dist.config.routing import RoutingConfig
+from skv_dist.errors import UserError
+from skv_dist.routing import (
+    RoutePlan,
+    build_policy,
+    map_from_cached_layers,
+    map_from_retention,
+    validate_sharing_map,
+)
+from skv_dist.routing.draw import DrawKey
+from skv_dist.routing.policies import at_step
+
+POLICIES = [
+    RoutingConfig(policy="none"),
+    RoutingConfig(policy="r_cla"),
+    RoutingConfig(policy="r_cla", window=3),
+    RoutingConfig(policy="cla", group_size=3),
+    RoutingConfig(policy="rd_cla", group_size=4),
+    RoutingConfig(policy="suffix", shared_layers=5),
+    RoutingConfig(policy="subset"),
+    RoutingConfig(policy="subset", keep_probs="uniform"),
+    RoutingConfig(policy="fixed", kv_source_layers=[0, 0, 0, 3, 3, 3, 0, 0, 8, 8, 8, 8]),
+]
+
+
+@pytest.mark.parametrize("config", POLICIES, ids=lambda c: c.policy)
+def test_tables_are_valid_and_reproducible(config: RoutingConfig) -> None:
+    policy = build_policy(config, 12)
+    for step in range(50):
+        key = DrawKey(3, step, step % 5)
+        table = policy.table(key)
+        assert all(0 <= source <= layer for layer, source in enumerate(table))
+        assert table == build_policy(config, 12).table(DrawKey(3, step, step % 5))
+        if config.window:
+            assert all(layer - source <= config.window for layer, source in enumerate(table))
+
+
+def test_draws_are_the_same_on_every_platform() -> None:
+    """A change of these digests changes every run that resumes."""
+    found = []
+    for config in (RoutingConfig(policy="r_cla"), RoutingConfig(policy="subset"), RoutingConfig(policy="rd_cla")):
+        policy = build_policy(config, 16)
+        tables = [policy.table(DrawKey(seed, step, 1)) for seed in (0, 9) for step in range(20)]
+        found.append(hashlib.sha256(repr(tables).encode()).hexdigest()[:12])
+    assert found == ["a46b124bde2e", "550608592228", "1909dd293dfd"]
+
+
+def test_coin_and_sources_are_uniform() -> None:
+    policy = build_policy(RoutingConfig(policy="r_cla", cross_prob=0.4), 5)
+    tables = [policy.table(DrawKey(1, step, 0)) for step in range(20000)]
+    crossed = [t[4] for t in tables if t[4] != 4]
+    assert abs(len(crossed) / len(tables) - 0.4) < 0.015
+    for source in range(4):
+        assert abs(crossed.count(source) / len(crossed) - 0.25) < 0.02
+    # layers flip coins of their own
+    both = sum(t[3] != 3 and t[4] != 4 for t in tables) / len(tables)
+    assert abs(both - 0.16) < 0.01
+
+
+def test_position_changes_the_draw() -> None:
+    policy = build_policy(RoutingConfig(policy="r_cla"), 40)
+    keys = [DrawKey(1, 1, 1), DrawKey(2, 1, 1), DrawKey(1, 2, 1), DrawKey(1, 1, 2)]
+    assert len({policy.table(key) for key in keys}) == 4
+
+
+def test_schedule() -> None:
+    points = [(10, 0.0), (20, 1.0)]
+    assert [at_step(points, step) for step in (0, 10, 15, 20, 99)] == [0.0, 0.0, 0.5, 1.0, 1.0]
+    policy = build_policy(RoutingConfig(policy="r_cla", cross_prob=points), 4)
+    assert policy.table(DrawKey(0, 5, 0)) == (0, 1, 2, 3)
+    assert all(source < layer for layer, source in enumerate(policy.table(DrawKey(0, 30, 0))) if layer)
+
+
+def test_sharing_maps() -> None:
+    assert map_from_retention(8, 1.0) == tuple(range(8))
+    assert map_from_retention(8, 0.5) == (0, 0, 2, 2, 4, 4, 6, 6)
+    assert map_from_retention(8, 0.33) == (0, 0, 0, 3, 3, 3, 6, 6)
+    assert map_from_retention(8, 0.25) == (0, 0, 0, 0, 4, 4, 4, 4)
+    assert map_from_cached_layers(6, [3, 0, 4]) == (0, 0, 0, 3, 4, 4)
+    assert validate_sharing_map([0, 1, 0, 1, 4, 4, 4, 1], 8) == (0, 1, 0, 1, 4, 4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: map_from_cached_layers(4, [1, 2]), "layer 0"),
+        (lambda: map_from_cached_layers(4, [0, 4]), "layer 4"),
+        (lambda: map_from_retention(4, 0.0), "retention"),
+        (lambda: validate_sharing_map([0, 2, 2], 3), r"kv_source_layers\[1\]"),
+        (lambda: validate_sharing_map([0, 0, 1], 3), "keeps no cache of its own"),
+        (lambda: validate_sharing_map([0], 3), "1 entries"),
+        (lambda: RoutePlan([0, 2, 0]), "layer 1 has source 2"),
+        (lambda: build_policy(RoutingConfig(policy="suffix", shared_layers=4), 4), "shared_layers"),
+    ],
+)
+def test_bad_maps_are_refused(make: object, names: str) -> None:
+    with pytest.raises(UserError, match=names):
+        make()  # type: ignore[operator]
+
+
+def test_liveness_equals_a_walk_through_the_layers() -> None:
+    policy = build_policy(RoutingConfig(policy="r_cla", cross_prob=0.7), 20)
+    for step in range(100):
+        plan = policy.plan(DrawKey(5, step, 0))
+        for layer in range(20):
+            still_read = {s for s in plan.table[layer + 1 :] if s <= layer}
+            assert plan.live_after(layer) == tuple(sorted(still_read))
+            assert plan.readers[layer] == plan.table.count(layer)
+        assert plan.live_after(19) == ()
+
+
+def test_a_hundred_layers_are_planned_in_a_millisecond() -> None:
+    policy = build_policy(RoutingConfig(policy="r_cla"), 100)
+    began = time.perf_counter()
+    for step in range(50):
+        assert policy.plan(DrawKey(1, step, 0)).last_reader
+    assert (time.perf_counter() - began) / 50 < 1e-3
