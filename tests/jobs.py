@@ -108,7 +108,8 @@ def train(settings: dict[str, Any], steps: int = 3) -> dict[str, Any] | None:
         unclip(engine)
         gradients = _capture_gradients(engine, run)
         norms.append(float(gradients.pop("")))
-        return {"losses": losses, "norms": norms, "parameters": parameters, "gradients": gradients} if world.is_first else None
+        result = {"losses": losses, "norms": norms, "parameters": parameters, "gradients": gradients}
+        return result if world.is_first else None
     finally:
         groups.leave_model_parallel()
 

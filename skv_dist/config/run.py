@@ -87,6 +87,13 @@ def derive(config: RunConfig, world_size: int) -> Derived:
             f"train.global_batch_size {train.global_batch_size} is not divisible by train.micro_batch_size "
             f"{train.micro_batch_size} x {replicas} data-parallel replicas"
         )
+    drawn = config.routing.policy in ("r_cla", "rd_cla", "subset")
+    if parallel.zero_stage == 3 and replicas > 1 and drawn:
+        raise UserError(
+            f"parallel.zero_stage 3 over {replicas} data-parallel replicas and routing.policy "
+            f"'{config.routing.policy}' do not work together yet (replicas with different routes wait for each other "
+            "without end): set parallel.zero_stage=2"
+        )
     return Derived(
         world_size=world_size,
         data_parallel=replicas,

@@ -17,10 +17,10 @@ def _guess(path: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="skv-data", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
-    action = actions.add_parser("prepare", help="tokenize text, JSONL, Parquet or a hub dataset into a mapped set")
-    action.add_argument("paths", nargs="+", help="files, folders or globs (** recurses), or hub names with --format hub")
+    action = actions.add_parser("prepare", help="tokenize text, JSONL, Parquet or a hub dataset")
+    action.add_argument("paths", nargs="+", help="files, folders or globs (** recurses), or hub names")
     action.add_argument("--out", required=True, type=Path, help="folder to create")
-    action.add_argument("--format", choices=["text", "jsonl", "parquet", "hub"], help="default: by file name, else text")
+    action.add_argument("--format", choices=["text", "jsonl", "parquet", "hub"], help="default: by file name")
     action.add_argument("--tokenizer", default="byte", help="'byte', a folder or a hub name (default: byte)")
     action.add_argument("--text-field", default="text", help="field that holds the text (default: text)")
     action.add_argument("--name", help="configuration of a hub dataset")

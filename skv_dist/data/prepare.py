@@ -54,7 +54,7 @@ def prepare(
 
 
 def cached_folder(source: SourceConfig, tokenizer: Tokenizer, cache_dir: str) -> Path:
-    """Where the prepared form of a raw source is kept: changes with its files, their sizes and times, and the tokenizer."""
+    """Where the prepared form of a raw source is kept; changes with its files, their times and the tokenizer."""
     files = [] if source.format == "hub" else local_files(source)
     state = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
     identity = [source.model_dump(exclude={"weight"}), state, tokenizer.fingerprint()]

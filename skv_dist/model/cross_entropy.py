@@ -16,7 +16,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, valid: int, group: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, valid: int, group: Any
+    ) -> torch.Tensor:
         rows = logits.view(-1, logits.shape[-1])
         local = labels.reshape(-1) - first
         mine = (local >= 0) & (local < valid)

@@ -95,7 +95,9 @@ def add_gradient_sums(root: Root, run: RunConfig) -> None:
             parameter.register_hook(summed)
 
 
-def local_initial_values(run: RunConfig, root: Root, vocab_size: int) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+def local_initial_values(
+    run: RunConfig, root: Root, vocab_size: int
+) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
     """Each parameter with its initial value on this rank, one at a time, float32 on the CPU."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()

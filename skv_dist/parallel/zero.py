@@ -71,7 +71,8 @@ class ZeroEngine(Engine):
         self.optimizer.leave_out = self._leave_out  # type: ignore[method-assign]
         self._skip = False
         self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=self.root, optimizer=self.optimizer, config=config, mpu=model_parallel_unit(), dist_init_required=False
+            model=self.root, optimizer=self.optimizer, config=config, mpu=model_parallel_unit(),
+            dist_init_required=False,
         )
         # Two backwards with no forward between them would drop the gradient of the second (RECIPE.md, trap 3).
         self.root.on_backward = self._zero.clear_backward_seen_flag

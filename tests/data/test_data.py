@@ -105,7 +105,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         prepare([SourceConfig(path=str(broken), format="parquet")], ByteTokenizer(), tmp_path / "x", progress=False)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    with pytest.raises(UserError, match="no text|cannot be read"):
+    with pytest.raises(UserError, match=r"no text|cannot be read"):
         prepare([SourceConfig(path=str(empty), format="text")], ByteTokenizer(), tmp_path / "x", progress=False)
     with pytest.raises(UserError, match="no file matches"):
         prepare([SourceConfig(path=str(tmp_path / "no*"), format="text")], ByteTokenizer(), tmp_path / "x")

@@ -1,0 +1,1 @@
+"""Commands on finished runs; installed as ``skv_tools``, never imported by ``skv_dist``."""
