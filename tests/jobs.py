@@ -19,7 +19,7 @@ BASE: dict[str, Any] = {
         "steps": 3, "output_dir": "unused", "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2,
         "precision": "fp32", "seed": 7,
     },
-    "optimizer": {"lr": 1e-2, "clip_grad_norm": 0.5, "weight_decay": 0.1},
+    "optimizer": {"lr": 1e-2, "eps": 1e-4, "clip_grad_norm": 0.5, "weight_decay": 0.1},
 }  # fmt: skip
 
 

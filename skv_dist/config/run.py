@@ -53,6 +53,11 @@ class RunConfig(Section):
                 f"train.global_batch_size {train.global_batch_size} is not divisible by train.micro_batch_size "
                 f"{train.micro_batch_size}"
             )
+        if parallel.zero_stage == 3 and parallel.tensor > 1:
+            raise UserError(
+                f"parallel.zero_stage 3 and parallel.tensor {parallel.tensor} do not work together yet (the run hangs): "
+                "set parallel.zero_stage=2"
+            )
         if data.reset_attention and model.transformer_impl == "transformer_engine":
             raise UserError(
                 "data.reset_attention: true and model.transformer_impl: transformer_engine do not work together: "
