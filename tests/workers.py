@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-JOB_TIMEOUT = 60
+JOB_TIMEOUT = 300
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:

@@ -55,7 +55,7 @@ class RunConfig(Section):
             )
         if parallel.zero_stage == 3 and parallel.tensor > 1:
             raise UserError(
-                f"parallel.zero_stage 3 and parallel.tensor {parallel.tensor} do not work together yet (the run hangs): "
+                f"parallel.zero_stage 3 and parallel.tensor {parallel.tensor} do not work together yet (it hangs): "
                 "set parallel.zero_stage=2"
             )
         if data.reset_attention and model.transformer_impl == "transformer_engine":
