@@ -18,7 +18,6 @@ class RoutingConfig(Section):
     shared_layers: int = Field(default=1, ge=0)
     keep_probs: Literal["uniform"] | list[Probability] = [1.0, 0.5, 0.25]
     kv_source_layers: list[int] | None = None
-    independent_replicas: bool = True
 
     @field_validator("cross_prob")
     @classmethod
