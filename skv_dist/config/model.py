@@ -49,6 +49,11 @@ class ModelConfig(Section):
         """Width of one attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP is gated: fused gate and up projections."""
+        return self.activation == "swiglu"
+
     @model_validator(mode="after")
     def _heads_fit(self) -> "ModelConfig":
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:

@@ -16,7 +16,6 @@ from skv_dist.data.prepare import cached_folder, prepare
 from skv_dist.data.prepared import PreparedSet
 from skv_dist.data.stream import StreamingSet
 from skv_dist.data.tokenizer import Tokenizer
-from skv_dist.errors import UserError
 
 
 class Samples(Protocol):
@@ -174,11 +173,3 @@ def open_data(
         return train_blend, None
     validation = [part for _, part in opened if part is not None]
     return train_blend, Blend(validation, [s.weight for s in config.sources], seed)
-
-
-def check_lengths(samples: Samples) -> None:
-    """Read the first sample, so that an unreadable or empty stream is an error at start-up, not at step 1."""
-    try:
-        samples[0]
-    except StopIteration as error:
-        raise UserError("the data sources hold no text") from error

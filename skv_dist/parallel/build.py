@@ -36,8 +36,8 @@ class Root(torch.nn.Module):
 
 
 def global_name(name: str) -> str:
-    """Name of a parameter without the parts that depend on the layout or on ``torch.compile``."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    """Name of a parameter without the parts that depend on the layout."""
+    parts = name.split(".")
     return ".".join(parts[2:] if parts[0] == "chunks" else parts)
 
 
@@ -57,7 +57,10 @@ def build_root(run: RunConfig, vocab_size: int, device: torch.device, context: A
     if context is None:
         root.to(device)
     mark_parameters(root, run)
-    add_gradient_sums(root, run)
+    add_gradient_sums(root)
+    if run.train.compile:
+        for chunk in root.chunks:
+            chunk.compile_layers()
     return root
 
 
@@ -67,12 +70,11 @@ def mark_parameters(root: Root, run: RunConfig) -> None:
     The gradient norm counts a parameter once: on every rank where it is split, else on the first. Megatron sets this
     mark only together with its own initialization, which we do not use.
     """
-    gated = run.model.activation == "swiglu"
     for name, parameter in root.named():
-        parameter.tensor_model_parallel = kind_of(name, gated) != "replicated"  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = kind_of(name, run.model.gated) != "replicated"  # type: ignore[attr-defined]
 
 
-def add_gradient_sums(root: Root, run: RunConfig) -> None:
+def add_gradient_sums(root: Root) -> None:
     """Sum over tensor-parallel ranks the gradients of replicated parameters that each rank sees only a part of.
 
     These are the parameters that sequence parallelism shows a part of the positions, and q/k-norms, which see this
@@ -103,6 +105,6 @@ def local_initial_values(
     size = parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in root.named():
         local = partitioned_shape(parameter)
-        kind = kind_of(name, run.model.activation == "swiglu")
+        kind = kind_of(name, run.model.gated)
         full = initial_value(name, full_shape(local, kind, size, vocab_size), run.model, run.train.seed)
         yield parameter, take(full, kind, rank, size, local)

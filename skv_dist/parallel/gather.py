@@ -18,4 +18,4 @@ def full_parameters(engine: Engine, run: RunConfig, vocab_size: int) -> Iterator
         part = engine.parameter(parameter).contiguous()
         parts = [torch.empty_like(part) for _ in range(group.size())]
         dist.all_gather(parts, part, group=group)
-        yield name, join(parts, kind_of(name, run.model.activation == "swiglu"), vocab_size)
+        yield name, join(parts, kind_of(name, run.model.gated), vocab_size)

@@ -21,9 +21,6 @@ class ReplicatedEngine(Engine):
 
     def __init__(self, run: RunConfig, vocab_size: int, device: torch.device) -> None:
         self.root = build_root(run, vocab_size, device)
-        if run.train.compile:
-            for chunk in self.root.chunks:
-                chunk.compile_layers()
         self._clip = run.optimizer.clip_grad_norm
         self._bucket = run.parallel.zero_bucket_mb * 2**20 // 4
         self._data_group = parallel_state.get_data_parallel_group()
@@ -62,15 +59,15 @@ class ReplicatedEngine(Engine):
         return self.root(chunk, *args)
 
     @torch.no_grad()
-    def _reduce(self, buffer: torch.Tensor) -> None:
+    def _reduce(self) -> None:
         if self._data_group.size() > 1:
-            for part in buffer.split(self._bucket):
+            for part in self._buffer.split(self._bucket):
                 dist.all_reduce(part, group=self._data_group)
-            buffer.div_(self._data_group.size())
+            self._buffer.div_(self._data_group.size())
 
     @torch.no_grad()
     def step(self, leave_out: bool = False) -> StepOutcome:
-        self._reduce(self._buffer)
+        self._reduce()
         squares = torch.stack([gradient.square().sum() for gradient in self._normed]).sum()
         dist.all_reduce(squares, group=self._model_group)
         norm = squares.sqrt().item()

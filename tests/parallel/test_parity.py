@@ -33,12 +33,11 @@ def check(found: dict[str, Any], expected: dict[str, Any], tolerance: float = TO
 _expected: dict[str, Any] = {}
 
 
-def reference(workers: Any, **sections: Any) -> dict[str, Any]:
+def reference(workers: Any, routing: dict[str, Any]) -> dict[str, Any]:
     """The single-process run (ZeRO 0, no recompute)."""
-    settings = jobs.config(**sections)
-    settings["parallel"] = {"zero_stage": 0}
-    settings["train"] = {**settings["train"], "recompute": "none"}
-    key = repr(sorted(settings.items()))
+    settings = jobs.config(parallel={"zero_stage": 0})
+    settings["routing"] = routing
+    key = repr(routing)
     if key not in _expected:
         _expected[key] = workers(1)(jobs.train, settings)[0]
     return _expected[key]
@@ -77,20 +76,9 @@ def test_layout_equals_one_process(
 ) -> None:
     routing = {"policy": policy, **({"shared_layers": 3} if policy == "suffix" else {})}
     settings = jobs.config(
-        routing=routing,
         parallel={"tensor": tensor, "sequence_parallel": sp, "zero_stage": zero},
         train={"recompute": recompute, "recompute_modules": ["core_attn", "mlp"]},
     )
     settings["routing"] = routing
     found = workers(processes)(jobs.train, settings)[0]
-    expected = _reference_for(workers, routing)
-    check(found, expected)
-
-
-def _reference_for(workers: Any, routing: dict[str, Any]) -> dict[str, Any]:
-    settings = jobs.config(parallel={"zero_stage": 0})
-    settings["routing"] = routing
-    key = repr(routing)
-    if key not in _expected:
-        _expected[key] = workers(1)(jobs.train, settings)[0]
-    return _expected[key]
+    check(found, reference(workers, routing))
