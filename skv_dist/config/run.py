@@ -63,6 +63,11 @@ class RunConfig(Section):
                 "data.reset_attention: true and model.transformer_impl: transformer_engine do not work together: "
                 "set model.transformer_impl=local"
             )
+        if self.eval.every and data.validation_fraction == 0 and not data.validation_sources:
+            raise UserError(
+                f"eval.every is {self.eval.every}, but data.validation_fraction is 0 and there are no "
+                "data.validation_sources: set eval.every=0 or hold out some text"
+            )
         build_policy(self.routing, model.num_layers)  # refuses a policy that does not fit the layers
         return self
 

@@ -1,0 +1,1 @@
+"""Measurements of a trained model: loss by retention, sampled text."""

@@ -1,0 +1,42 @@
+"""Retention sweep: the loss under each deployment map, on the same samples."""
+
+from collections.abc import Mapping
+
+from skv_dist.config.run import RunConfig
+from skv_dist.data.batches import MicroBatch, Samples, micro_batches
+from skv_dist.parallel.engine import Engine
+from skv_dist.parallel.groups import World
+from skv_dist.parallel.step import count_tokens, run_batch
+from skv_dist.routing import RoutePlan, map_from_retention
+
+
+def retention_plans(run: RunConfig) -> dict[str, RoutePlan]:
+    """``loss@0.50`` and so on for each value of ``eval.retention``, with the map that retention stands for."""
+    return {
+        f"loss@{retention:.2f}": RoutePlan(map_from_retention(run.model.num_layers, retention))
+        for retention in run.eval.retention
+    }
+
+
+def evaluation_batches(run: RunConfig, world: World, samples: Samples) -> list[MicroBatch]:
+    """This replica's part of the first ``eval.samples`` samples.
+
+    Micro-batches are filled up with samples that do not count, so that the result does not depend on the layout.
+    """
+    size, replicas = run.train.micro_batch_size, world.data_size
+    rounds = -(-run.eval.samples // (size * replicas))
+    batches = micro_batches(samples, 0, rounds, size, world.data_rank, replicas, run.data.reset_attention)
+    for batch in batches:
+        batch.loss_mask[max(0, run.eval.samples - batch.index * size) :] = 0
+    return [batch.to(world.device) for batch in batches]
+
+
+def sweep(
+    engine: Engine, world: World, batches: list[MicroBatch], plans: Mapping[str, RoutePlan]
+) -> dict[str, float]:
+    """Mean loss in nats per token under each plan, the same on all ranks. Collective."""
+    tokens = count_tokens(batches, world.device)
+    return {
+        name: run_batch(engine, batches, [plan] * len(batches), tokens=tokens, train=False).item()
+        for name, plan in plans.items()
+    }

@@ -1,0 +1,33 @@
+"""A model without optimizer, for evaluation."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from skv_dist.config.run import RunConfig
+from skv_dist.parallel.build import build_root
+from skv_dist.parallel.engine import Engine, StepOutcome
+
+
+class FrozenEngine(Engine):
+    """Holds weights in the run's precision and nothing else."""
+
+    def __init__(self, run: RunConfig, vocab_size: int, device: torch.device) -> None:
+        self.root = build_root(run, vocab_size, device)
+        self.root.requires_grad_(False)
+        self.root.eval()
+
+    def forward(self, chunk: int, *args: Any) -> torch.Tensor:
+        return self.root(chunk, *args)
+
+    def step(self, leave_out: bool = False) -> StepOutcome:
+        raise NotImplementedError("a frozen model does not learn")
+
+    def parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        return parameter.detach().float()
+
+    @torch.no_grad()
+    def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        for parameter, value in values:
+            parameter.copy_(value)

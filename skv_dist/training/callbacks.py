@@ -1,0 +1,115 @@
+"""What happens around the steps of a run: logging, evaluation and whatever a user adds."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+Metrics = dict[str, float | int]
+
+
+class Callback:
+    """Hooks of the training loop. Every rank calls them in the same order, so a callback may use collectives."""
+
+    def on_start(self, step: int, steps: int) -> None:
+        """Before the first step of this process; ``step`` steps are behind it."""
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        """After step number ``step`` (from 1). What is added to ``metrics`` is seen by later callbacks."""
+
+    def on_end(self) -> None:
+        """After the last step, also when the run fails."""
+
+
+class Evaluation(Callback):
+    """Adds the result of ``evaluate()`` to the metrics every so many steps, and at the last."""
+
+    def __init__(self, evaluate: Callable[[], dict[str, float]], every: int, steps: int) -> None:
+        self._evaluate, self._every, self._steps = evaluate, every, steps
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        if step % self._every == 0 or step == self._steps:
+            metrics.update({f"eval/{name}": value for name, value in self._evaluate().items()})
+
+
+class JsonLines(Callback):
+    """``metrics.jsonl``: one object per step, flushed at once."""
+
+    def __init__(self, file: Path) -> None:
+        self._path = file
+        self._file: IO[str] | None = None
+
+    def on_start(self, step: int, steps: int) -> None:
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+
+    def on_end(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorBoard(Callback):
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def on_start(self, step: int, steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+
+    def on_end(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Console(Callback):
+    """A progress bar on a terminal; elsewhere a line now and then."""
+
+    seconds_between_lines = 15.0
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._steps = 0
+        self._last_line = 0.0
+
+    def on_start(self, step: int, steps: int) -> None:
+        self._steps = steps
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        shown = {"loss": f"{metrics['loss']:.4f}", "tok/s": f"{metrics['tokens_per_second']:,.0f}"}
+        if "mfu" in metrics:
+            shown["mfu"] = f"{metrics['mfu']:.1%}"
+        shown["mem"] = f"{metrics['peak_memory_bytes'] / 2**30:.2f}GiB"
+        losses = {name.removeprefix("eval/"): f"{v:.4f}" for name, v in metrics.items() if name.startswith("eval/")}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+            if losses:
+                self._bar.write(self._line(step, losses), file=sys.stderr)
+            return
+        now = time.monotonic()
+        if losses or now - self._last_line > self.seconds_between_lines:
+            self._last_line = now
+            print(self._line(step, {**shown, **losses}), file=sys.stderr, flush=True)
+
+    def _line(self, step: int, values: dict[str, str]) -> str:
+        return f"step {step}/{self._steps}  " + "  ".join(f"{name} {value}" for name, value in values.items())
+
+    def on_end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

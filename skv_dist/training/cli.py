@@ -1,0 +1,104 @@
+"""``skv-train``: train from one YAML file, under plain python, torchrun or deepspeed alike."""
+
+import argparse
+import os
+from pathlib import Path
+
+from skv_dist.config.load import dump_config, load_config
+from skv_dist.config.run import RunConfig, derive
+from skv_dist.errors import UserError, command
+
+
+def parse(argv: list[str]) -> RunConfig:
+    parser = argparse.ArgumentParser(prog="skv-train", description=__doc__)
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    # Given by the deepspeed launcher; the environment says the same.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    return load_config(arguments.config, arguments.overrides)
+
+
+def claim(folder: Path) -> None:
+    """Refuse to write over an earlier run.
+
+    Raises:
+        UserError: ``folder`` holds a run, or cannot be written to.
+    """
+    if (folder / "metrics.jsonl").exists():
+        raise UserError(f"train.output_dir {folder} already holds a run: choose another folder or move that one away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").touch()
+    except OSError as error:
+        raise UserError(f"train.output_dir {folder} cannot be written: {error.strerror}") from error
+
+
+def train(run: RunConfig) -> None:
+    """One run from start to end. Called on every process."""
+    from skv_dist.parallel import groups
+
+    derived = derive(run, groups.world_size_from_environment())
+    # What can be told without the other processes is told before they meet.
+    from skv_dist.data.tokenizer import load_tokenizer
+    from skv_dist.model.megatron_config import transformer_impl
+
+    transformer_impl(run)
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    vocab_size = run.model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size {vocab_size} is smaller than the {tokenizer.vocab_size} tokens of data.tokenizer "
+            f"'{tokenizer.name}': raise it, or leave model.vocab_size out"
+        )
+
+    import torch.distributed as dist
+
+    from skv_dist.data.batches import open_data
+    from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
+    from skv_dist.parallel.create import create_engine
+    from skv_dist.parallel.weights import save_weights
+    from skv_dist.training.callbacks import Callback, Console, Evaluation, JsonLines, TensorBoard
+    from skv_dist.training.report import start_report
+    from skv_dist.training.trainer import Trainer
+
+    world = groups.start(run.parallel)
+    samples, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
+    engine = create_engine(run, vocab_size, world.device)
+
+    out = Path(run.train.output_dir)
+    callbacks: list[Callback] = []
+    if run.eval.every and validation is not None:
+        batches, plans = evaluation_batches(run, world, validation), retention_plans(run)
+        callbacks.append(Evaluation(lambda: sweep(engine, world, batches, plans), run.eval.every, run.train.steps))
+    if world.is_first:
+        claim(out)
+        (out / "config.yaml").write_text(dump_config(run), encoding="utf-8")
+        print(start_report(run, derived, world, engine, vocab_size), flush=True)
+        callbacks.append(JsonLines(out / "metrics.jsonl"))
+        if run.train.tensorboard:
+            callbacks.append(TensorBoard(out / "tensorboard"))
+        if run.train.progress:
+            callbacks.append(Console())
+
+    trainer = Trainer(run, derived, world, engine, vocab_size, samples, callbacks)
+    trainer.fit()
+    if run.train.save_final:
+        folder = out / "checkpoints" / f"step_{trainer.step:08d}"
+        save_weights(engine, run, vocab_size, folder)
+        if world.is_first:
+            print(f"saved {folder}", flush=True)
+    if trainer.stopped_by and world.is_first:
+        print(f"stopped by {trainer.stopped_by} after step {trainer.step}", flush=True)
+    groups.stop()
+
+
+@command
+def main(argv: list[str]) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    train(parse(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,51 @@
+"""Leaves out steps that would harm the model, and gives up when there are too many."""
+
+import math
+import statistics
+from collections import deque
+
+from skv_dist.config.train import TrainConfig
+from skv_dist.errors import UserError
+
+
+class Guard:
+    """Judges each batch by its loss before the update.
+
+    A loss is a spike when it exceeds ``train.spike_factor`` times the median of the last ``train.spike_window``
+    accepted losses; there is no judgement before the window is full, while the loss still falls fast.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config = config
+        self._accepted: deque[float] = deque(maxlen=config.spike_window)
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def objection(self, loss: float) -> str | None:
+        """Why the update should be left out; None if it may be made."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        factor = self._config.spike_factor
+        if factor is not None and len(self._accepted) == self._config.spike_window:
+            usual = statistics.median(self._accepted)
+            if loss > factor * usual:
+                return f"the loss {loss:.4g} is more than {factor:g} times the usual {usual:.4g}"
+        return None
+
+    def record(self, step: int, loss: float, objection: str | None) -> None:
+        """Note what became of a step.
+
+        Raises:
+            UserError: ``train.max_skipped_steps`` steps in a row were left out.
+        """
+        if objection is None:
+            self._in_a_row = 0
+            self._accepted.append(loss)
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self._config.max_skipped_steps:
+            raise UserError(
+                f"step {step}: {objection}; {self._in_a_row} steps in a row were skipped "
+                "(train.max_skipped_steps): lower optimizer.lr or look at the data"
+            )

@@ -1,0 +1,138 @@
+"""The training loop."""
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from skv_dist.config.run import Derived, RunConfig
+from skv_dist.data.batches import MicroBatch, Samples, micro_batches, prefetched
+from skv_dist.parallel.engine import Engine
+from skv_dist.parallel.groups import World, seed_dropout
+from skv_dist.parallel.step import count_tokens, run_batch
+from skv_dist.routing import build_policy
+from skv_dist.routing.draw import DrawKey
+from skv_dist.training.callbacks import Callback, Metrics
+from skv_dist.training.guard import Guard
+from skv_dist.training.schedule import lr_at
+from skv_dist.training.throughput import flops_per_token, peak_flops, peak_memory_bytes
+
+
+class Trainer:
+    """Runs ``train.steps`` steps; a step is one global batch, one update, one line of metrics.
+
+    Args:
+        engine: owns the model and the optimizer.
+        samples: the training samples, in order.
+        callbacks: called in order on this rank.
+        start_step: steps that an earlier process has made.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        derived: Derived,
+        world: World,
+        engine: Engine,
+        vocab_size: int,
+        samples: Samples,
+        callbacks: Sequence[Callback],
+        start_step: int = 0,
+    ) -> None:
+        self.run, self.derived, self.world, self.engine = run, derived, world, engine
+        self.samples, self.callbacks = samples, callbacks
+        self.step = start_step  # steps behind us
+        self.policy = build_policy(run.routing, run.model.num_layers)
+        self.guard = Guard(run.train)
+        self.stopped_by: str | None = None
+        peak = peak_flops(world.device)
+        flops = flops_per_token(run.model, vocab_size, run.data.sequence_length)
+        self._mfu_per_token_rate = flops / (peak * world.size) if peak else None
+
+    def fit(self) -> None:
+        """Train to the end, or until SIGTERM: then `stopped_by` says so and the step in progress is finished.
+
+        Raises:
+            UserError: too many steps in a row had to be left out.
+        """
+        try:
+            for callback in self.callbacks:
+                callback.on_start(self.step, self.run.train.steps)
+            with _terminate_after_step() as asked:
+                began = time.perf_counter()
+                for batches in self._global_batches():
+                    metrics = self._train_step(batches, asked)
+                    seconds = time.perf_counter() - began
+                    self._measure(metrics, seconds)
+                    for callback in self.callbacks:
+                        callback.on_step(self.step, metrics)
+                    if self.stopped_by:
+                        break
+                    began = time.perf_counter()
+        finally:
+            for callback in self.callbacks:
+                callback.on_end()
+
+    def _global_batches(self) -> Iterator[list[MicroBatch]]:
+        train, data = self.run.train, self.run.data
+
+        def load(step: int) -> list[MicroBatch]:
+            return micro_batches(
+                self.samples, step * train.global_batch_size, self.derived.num_micro_batches, train.micro_batch_size,
+                self.world.data_rank, self.world.data_size, data.reset_attention,
+            )  # fmt: skip
+
+        return prefetched(load, self.step, train.steps, data.prefetch_steps)
+
+    def _train_step(self, loaded: list[MicroBatch], asked_to_stop: list[str]) -> Metrics:
+        run, engine, device = self.run, self.engine, self.world.device
+        batches = [batch.to(device) for batch in loaded]
+        plans = [self.policy.plan(DrawKey(run.train.seed, self.step, batch.index)) for batch in batches]
+        if run.model.attention_dropout or run.model.hidden_dropout:
+            seed_dropout(run.train.seed, self.step, batches[0].index)
+        lr = lr_at(self.step, run.train.steps, run.optimizer)
+        engine.set_lr(lr)
+        tokens = count_tokens(batches, device)
+        loss = run_batch(engine, batches, plans, tokens=tokens, train=True).item()
+        objection = self.guard.objection(loss)
+        leave_out, stop = self._agree(objection is not None, bool(asked_to_stop))
+        outcome = engine.step(leave_out)
+        if not outcome.applied and objection is None:
+            objection = f"the gradient norm is {outcome.grad_norm}"
+        self.step += 1
+        if objection is not None and self.world.is_first:
+            print(f"step {self.step}: update skipped: {objection}", flush=True)
+        self.guard.record(self.step, loss, objection)
+        if stop:
+            self.stopped_by = "SIGTERM"
+        return {
+            "loss": loss, "grad_norm": outcome.grad_norm, "lr": lr, "skipped": self.guard.skipped,
+            "tokens": self.step * self.derived.tokens_per_step,
+        }  # fmt: skip
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Each flag, true everywhere if it is true on any rank."""
+        votes = torch.tensor(flags, dtype=torch.int32, device=self.world.device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return [bool(vote) for vote in votes.tolist()]
+
+    def _measure(self, metrics: Metrics, seconds: float) -> None:
+        rate = self.derived.tokens_per_step / seconds
+        metrics["tokens_per_second"] = rate
+        if self._mfu_per_token_rate is not None:
+            metrics["mfu"] = rate * self._mfu_per_token_rate
+        metrics["peak_memory_bytes"] = peak_memory_bytes(self.world.device)
+
+
+@contextmanager
+def _terminate_after_step() -> Iterator[list[str]]:
+    """A list that gets an entry when SIGTERM arrives, instead of the process's end."""
+    asked: list[str] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append("SIGTERM"))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
