@@ -10,6 +10,6 @@ export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 if [ ! -e .venv/installed ] || [ constraints.txt -nt .venv/installed ] || [ pyproject.toml -nt .venv/installed ]; then
     # torch first: DeepSpeed's build looks for it, and the pinned version decides which build is fetched.
     pip install -q --disable-pip-version-check -c constraints.txt torch
-    pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+    pip install -q --disable-pip-version-check -c constraints.txt -e '.[plot,test]'
     touch .venv/installed
 fi

@@ -121,3 +121,37 @@ def unclip(engine: Any) -> None:
     for name in ("clip_grad", "_clip_grad"):
         if hasattr(engine._zero, name):
             setattr(engine._zero, name, 0.0)
+
+
+def logits(settings: dict[str, Any], weights: dict[str, np.ndarray] | None, tokens: np.ndarray, table: list[int]) -> Any:
+    """Logits [b, s, v] under a route table, of given weights (global names) or the initial ones."""
+    import torch
+
+    from skv_dist.config.run import RunConfig
+    from skv_dist.model.sharding import kind_of, take
+    from skv_dist.parallel import groups
+    from skv_dist.parallel.build import local_initial_values
+    from skv_dist.parallel.frozen import FrozenEngine
+    from skv_dist.routing import RoutePlan
+
+    run = RunConfig.model_validate(settings)
+    vocab_size = run.model.vocab_size or VOCAB
+    world = groups.start(run.parallel)
+    try:
+        engine = FrozenEngine(run, vocab_size, world.device)
+        if weights is None:
+            engine.assign(local_initial_values(run, engine.root, vocab_size))
+        else:
+            assert weights.keys() == {name for name, _ in engine.root.named()}
+
+            def part(name: str, local: Any) -> torch.Tensor:
+                full = torch.from_numpy(weights[name])
+                kind = kind_of(name, run.model.gated)
+                return take(full, kind, world.tensor_rank, run.parallel.tensor, tuple(local.shape))
+
+            engine.assign((p, part(name, p)) for name, p in engine.root.named())
+        with torch.no_grad():
+            out = engine.forward(0, RoutePlan(table), torch.from_numpy(tokens))
+        return out.numpy().copy() if world.is_first else None
+    finally:
+        groups.leave_model_parallel()

@@ -52,6 +52,8 @@ class ZeroEngine(Engine):
         from deepspeed.utils import logger
 
         logger.setLevel("ERROR")
+        # On a CPU it would build a C++ operator for inference at start, which needs a compiler and is not used here.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         config = deepspeed_config(run)
         self._stage = run.parallel.zero_stage
         context = None
