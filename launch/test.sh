@@ -3,4 +3,5 @@
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 ruff check .
+mypy
 python -m pytest "$@"

@@ -22,6 +22,8 @@ def command(main: Callable[[list[str]], int]) -> Callable[[], int]:
     def entry() -> int:
         # On import Megatron-core lists every optional package that it did not find.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+        # DeepSpeed calls collectives by names that torch has deprecated.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         try:
             return main(sys.argv[1:])
         except UserError as error:

@@ -13,7 +13,7 @@ def workers() -> Iterator[Callable[[int], Workers]]:
     pools: dict[int, Workers] = {}
 
     def get(size: int) -> Workers:
-        if size not in pools:
+        if size not in pools or pools[size].closed:
             pools[size] = Workers(size)
         return pools[size]
 

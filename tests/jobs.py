@@ -73,8 +73,22 @@ def _capture_gradients(engine: Any, run: Any) -> dict[str, np.ndarray]:
     return {"": np.float64(outcome.grad_norm), **gradients}
 
 
-def train(settings: dict[str, Any], steps: int = 3) -> dict[str, Any] | None:
-    """Train some steps, then take the gradients of one more batch. Rank 0 returns losses, parameters, gradients."""
+def train(
+    settings: dict[str, Any], steps: int = 3, fault: str | None = None, without_clipping: bool = True
+) -> dict[str, Any] | None:
+    """Train some steps, then take the gradients of one more batch. Rank 0 returns losses, parameters, gradients.
+
+    Args:
+        fault: name of a function in `tests.sabotage`.
+        without_clipping: switch clipping off for the last batch, where it would hide a wrong scale of the gradient.
+    """
+    from tests import sabotage
+
+    with sabotage.applied(fault):
+        return _train(settings, steps, without_clipping)
+
+
+def _train(settings: dict[str, Any], steps: int, without_clipping: bool) -> dict[str, Any] | None:
     from skv_dist.config.run import RunConfig
     from skv_dist.parallel import groups
     from skv_dist.parallel.create import create_engine
@@ -104,8 +118,8 @@ def train(settings: dict[str, Any], steps: int = 3) -> dict[str, Any] | None:
             norms.append(engine.step().grad_norm)
         parameters = {name: value.numpy().copy() for name, value in full_parameters(engine, run, VOCAB)}
         losses.append(batch(steps))
-        # Clipping would hide a wrong scale of the gradient.
-        unclip(engine)
+        if without_clipping:
+            unclip(engine)
         gradients = _capture_gradients(engine, run)
         norms.append(float(gradients.pop("")))
         result = {"losses": losses, "norms": norms, "parameters": parameters, "gradients": gradients}
@@ -123,7 +137,9 @@ def unclip(engine: Any) -> None:
             setattr(engine._zero, name, 0.0)
 
 
-def logits(settings: dict[str, Any], weights: dict[str, np.ndarray] | None, tokens: np.ndarray, table: list[int]) -> Any:
+def logits(
+    settings: dict[str, Any], weights: dict[str, np.ndarray] | None, tokens: np.ndarray, table: list[int]
+) -> Any:
     """Logits [b, s, v] under a route table, of given weights (global names) or the initial ones."""
     import torch
 
@@ -153,5 +169,93 @@ def logits(settings: dict[str, Any], weights: dict[str, np.ndarray] | None, toke
         with torch.no_grad():
             out = engine.forward(0, RoutePlan(table), torch.from_numpy(tokens))
         return out.numpy().copy() if world.is_first else None
+    finally:
+        groups.leave_model_parallel()
+
+
+def run_training(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """`skv-train` without the command line; the lines of metrics.jsonl."""
+    import json
+    from pathlib import Path
+
+    from skv_dist.config.run import RunConfig
+    from skv_dist.parallel import groups
+    from skv_dist.training.cli import train
+
+    try:
+        train(RunConfig.model_validate(settings))
+        lines = (Path(settings["train"]["output_dir"]) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+    finally:
+        groups.leave_model_parallel()
+
+
+def leave_out(settings: dict[str, Any]) -> list[bool]:
+    """Per check: a step left out changes no parameter, and leaves no gradient for the next one."""
+    from skv_dist.config.run import RunConfig
+    from skv_dist.parallel import groups
+    from skv_dist.parallel.create import create_engine
+    from skv_dist.parallel.gather import full_parameters
+    from skv_dist.parallel.step import count_tokens, run_batch
+    from skv_dist.routing import RoutePlan
+
+    run = RunConfig.model_validate(settings)
+    world = groups.start(run.parallel)
+    try:
+        engine = create_engine(run, VOCAB, world.device)
+
+        def values() -> dict[str, np.ndarray]:
+            return {name: value.numpy().copy() for name, value in full_parameters(engine, run, VOCAB)}
+
+        def backward(step: int) -> None:
+            mine = [b for b in global_batch(step) if b.index % world.data_size == world.data_rank]
+            plans = [RoutePlan(range(run.model.num_layers))] * len(mine)
+            run_batch(engine, mine, plans, tokens=count_tokens(mine, world.device), train=True)
+
+        before = values()
+        backward(0)
+        outcome = engine.step(leave_out=True)
+        after = values()
+        unchanged = all(np.array_equal(before[name], after[name]) for name in before)
+        backward(1)
+        clean = engine.step()
+        backward(1)
+        moved = values()
+        changed = any(not np.array_equal(before[name], moved[name]) for name in before)
+        return [unchanged, not outcome.applied, clean.applied, changed, clean.grad_norm]  # type: ignore[list-item]
+    finally:
+        groups.leave_model_parallel()
+
+
+def two_backwards(settings: dict[str, Any], with_hook: bool) -> list[float]:
+    """Gradient norm of two micro-batches: both forwards before both backwards, then one after the other."""
+    from skv_dist.config.run import RunConfig
+    from skv_dist.parallel import groups
+    from skv_dist.parallel.create import create_engine
+    from skv_dist.routing import RoutePlan
+
+    run = RunConfig.model_validate(settings)
+    world = groups.start(run.parallel)
+    plan = RoutePlan(range(run.model.num_layers))
+    first, second = global_batch(0)[:2]
+
+    def loss(engine: Any, batch: Any) -> Any:
+        return (engine.forward(0, plan, batch.tokens, batch.labels) * batch.loss_mask).sum()
+
+    norms = []
+    try:
+        for together in (True, False):
+            engine = create_engine(run, VOCAB, world.device)
+            if not with_hook:
+                engine.root.on_backward = None
+            if together:
+                losses = [loss(engine, first), loss(engine, second)]
+                for value in losses:
+                    value.backward()
+            else:
+                loss(engine, first).backward()
+                loss(engine, second).backward()
+            norms.append(engine.step().grad_norm)
+        return norms
     finally:
         groups.leave_model_parallel()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-JOB_TIMEOUT = 300
+JOB_TIMEOUT = 150
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
@@ -53,6 +53,7 @@ class Workers:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         context = multiprocessing.get_context("spawn")
+        self.closed = False
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
@@ -77,5 +78,6 @@ class Workers:
         return [answer for _, answer in answers]
 
     def close(self) -> None:
+        self.closed = True
         for process in self._processes:
             process.kill()

@@ -112,7 +112,7 @@ def _section_at(path: Sequence[str | int]) -> type[BaseModel] | None:
     for part in path[:-1]:
         if isinstance(part, int):
             continue
-        field = current.model_fields.get(part) if isinstance(current, type) else None
+        field = current.model_fields.get(part)
         if field is None:
             return None
         candidates = [field.annotation, *get_args(field.annotation)]

@@ -107,7 +107,7 @@ def split_prepared(
         check(int(mask.sum()), "validation part", windows.num_tokens)
         return train, SequenceSet(windows, np.flatnonzero(mask), seed, stream + "/validation")
 
-    mask = np.fromiter((held_out(i, fraction, seed, stream) for i in everything), dtype=bool)
+    mask = np.fromiter((held_out(int(i), fraction, seed, stream) for i in everything), dtype=bool)
     parts = []
     for chosen, what in ((everything[~mask], "training part"), (everything[mask], "validation part")):
         windows = PackedDocuments(prepared, chosen, length)

@@ -75,7 +75,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{folder / 'config.yaml'}: data holds out no validation text: set data.validation_fraction")
     for name, plan in plans.items():
         if world.is_first and losses:
-            print(f"{name:<16} {losses[name]:.4f} nats/token   {len(set(plan.table))} of {plan.num_layers} layers cached")
+            cached = f"{len(set(plan.table))} of {plan.num_layers} layers cached"
+            print(f"{name:<16} {losses[name]:.4f} nats/token   {cached}")
         if arguments.prompt is not None:
             text = sample_text(
                 engine, world, tokenizer, plan, arguments.prompt, arguments.new_tokens,

@@ -90,7 +90,7 @@ class _KeepInGraph(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
         return grad, *zeros
 
@@ -102,7 +102,7 @@ class RoutedSelfAttention(SelfAttention):
     # hold the borrowed K/V by closure, and their gradients would vanish without an error (RECIPE.md).
     recompute_core = False
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: torch.Tensor,
         rotary: torch.Tensor,

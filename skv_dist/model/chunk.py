@@ -83,6 +83,7 @@ class RoutedChunk(MegatronModule):
                 skip_weight_param_allocation=shared, tp_group=self.tp_group,
             )  # fmt: skip
         if run.train.recompute == "selective":
+            layer: Any
             for layer in self.layers.values():
                 layer.self_attention.recompute_core = "core_attn" in run.train.recompute_modules
                 layer.recompute_mlp_region = "mlp" in run.train.recompute_modules

@@ -42,7 +42,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return (log_sum - sums[1]).view_as(labels)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, log_normalizer, local, mine = ctx.saved_tensors
         rows, valid = logits.view(-1, logits.shape[-1]), ctx.valid
         weight = grad.reshape(-1, 1).float()

@@ -17,7 +17,7 @@ class RoutedLayer(TransformerLayer):
 
     recompute_mlp_region = False  # set once by the chunk from train.recompute
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: torch.Tensor,
         rotary: torch.Tensor,

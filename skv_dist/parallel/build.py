@@ -59,6 +59,7 @@ def build_root(run: RunConfig, vocab_size: int, device: torch.device, context: A
     mark_parameters(root, run)
     add_gradient_sums(root)
     if run.train.compile:
+        chunk: Any
         for chunk in root.chunks:
             chunk.compile_layers()
     return root

@@ -22,7 +22,7 @@ def install() -> None:
     # Buffers of the tensor-parallel mappings, p2p transfers and rotary tables are made on the "current device".
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     # Called around p2p transfers and by timers.
-    torch.cuda.synchronize = lambda *args, **kwargs: None  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *args, **kwargs: None
 
     # The pipeline schedules count tokens in torch.zeros(..., device="cuda").
     zeros = torch.zeros
@@ -32,7 +32,7 @@ def install() -> None:
             kwargs["device"] = "cpu"
         return zeros(*args, **kwargs)
 
-    torch.zeros = zeros_on_cpu  # type: ignore[assignment]
+    torch.zeros = zeros_on_cpu
 
     from megatron.core.tensor_parallel import random as megatron_random
 

@@ -42,7 +42,8 @@ def build_optimizer(
     named: Iterator[tuple[str, torch.nn.Parameter]], config: OptimizerConfig, fused: bool
 ) -> GuardedAdamW:
     """AdamW with weight decay on matrices only: not on norms or biases."""
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in named:
         (plain if "norm" in name or name.endswith("bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]

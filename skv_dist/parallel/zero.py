@@ -1,8 +1,7 @@
 """ZeRO stages 1 to 3 through DeepSpeed, driven by our own loop and schedules.
 
 DeepSpeed's defaults meant for its own loop train happily with wrong gradients under another (RECIPE.md, "Silent
-traps"). Each setting below that cures one says so. tests/parallel compare the gradients; no
-test removes a cure yet.
+traps"). Each setting below that cures one says so; tests/parallel/test_sabotage.py takes the cures out one by one.
 """
 
 from collections.abc import Iterator
@@ -68,7 +67,7 @@ class ZeroEngine(Engine):
             self._register_tied_weight(deepspeed)
         self._write(local_initial_values(run, self.root, vocab_size))
         self.optimizer = build_optimizer(self.root.named(), run.optimizer, device.type == "cuda")
-        self.optimizer.leave_out = self._leave_out  # type: ignore[method-assign]
+        self.optimizer.leave_out = self._leave_out
         self._skip = False
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=self.root, optimizer=self.optimizer, config=config, mpu=model_parallel_unit(),
@@ -79,6 +78,7 @@ class ZeroEngine(Engine):
 
     def _register_tied_weight(self, deepspeed: Any) -> None:
         """The head reads a weight that belongs to the embedding: ZeRO-3 must gather it for the head as well."""
+        chunk: Any
         for chunk in self.root.chunks:
             if chunk.has_embedding and chunk.has_head and chunk.tie_embeddings:
                 deepspeed.zero.register_external_parameter(chunk.output_layer, chunk.embedding.weight)

@@ -35,7 +35,11 @@ def claim(folder: Path) -> None:
 
 
 def train(run: RunConfig) -> None:
-    """One run from start to end. Called on every process."""
+    """One run from start to end. Called on every process; leaves the process groups standing.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
     from skv_dist.parallel import groups
 
     derived = derive(run, groups.world_size_from_environment())
@@ -90,13 +94,16 @@ def train(run: RunConfig) -> None:
             print(f"saved {folder}", flush=True)
     if trainer.stopped_by and world.is_first:
         print(f"stopped by {trainer.stopped_by} after step {trainer.step}", flush=True)
-    groups.stop()
 
 
 @command
 def main(argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     train(parse(argv))
+
+    from skv_dist.parallel import groups
+
+    groups.stop()
     return 0
 
 

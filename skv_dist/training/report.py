@@ -18,8 +18,9 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine,
     train, parallel, model = run.train, run.parallel, run.model
     held = sum(torch.Size(partitioned_shape(p)).numel() for p in engine.root.parameters())
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "deepspeed"))
-    routing = run.routing.policy
+    packages = ("torch", "megatron-core", "deepspeed")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    routing: str = run.routing.policy
     if routing in ("r_cla", "rd_cla"):
         routing += f" (cross_prob {run.routing.cross_prob})"
     caches = ", ".join(

@@ -1,0 +1,132 @@
+"""Configuration files: the shipped ones, and one clear line for whatever is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from skv_dist.config.load import dump_config, load_config
+from skv_dist.config.run import RunConfig, derive
+from skv_dist.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+REFERENCE = CONFIGS / "reference.yaml"
+
+
+def keys(section: type[BaseModel], values: dict[str, Any], where: str = "") -> None:
+    """Every key stands in the file; what is not marked as required has its default."""
+    assert set(values) == set(section.model_fields), f"{where or 'top level'} of reference.yaml"
+    text = REFERENCE.read_text().splitlines()
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            keys(annotation, values[name], f"{where}{name}.")
+            continue
+        line = next(line for line in text if line.strip().removeprefix("- ").startswith(f"{name}:"))
+        assert "#" in line, f"{where}{name} has no comment"
+        if field.is_required():
+            assert "(required)" in line, f"{where}{name}"
+        else:
+            default = field.get_default(call_default_factory=True)
+            expected = list(default) if isinstance(default, tuple) else default
+            assert values[name] == expected, f"{where}{name}"
+
+
+def test_the_reference_names_every_key_with_its_default() -> None:
+    values = yaml.safe_load(REFERENCE.read_text())
+    keys(RunConfig, values)
+    from skv_dist.config.data import SourceConfig
+
+    keys(SourceConfig, values["data"]["sources"][0], "data.sources.")
+
+
+def test_shipped_configurations_load(tmp_path: Path) -> None:
+    for file in (REFERENCE, CONFIGS / "tiny.yaml", CONFIGS / "paper-pretraining.yaml"):
+        load_config(file)
+    presets = sorted((CONFIGS / "models").glob("*.yaml"))
+    assert len(presets) == 6
+    for preset in presets:
+        own = tmp_path / "own.yaml"
+        own.write_text(
+            f"base: {preset}\ndata: {{sequence_length: 64, sources: [{{path: x, format: text}}]}}\n"
+            "train: {steps: 1, output_dir: x, global_batch_size: 1, micro_batch_size: 1}\noptimizer: {lr: 1e-4}\n"
+        )
+        assert load_config(own).model.qk_norm == preset.name.startswith("qwen")
+
+
+def test_the_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
+    run = load_config(REFERENCE, ["routing.cross_prob=[[0, 0.0], [10, 0.5]]", "optimizer.lr=1e-4"])
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(run))
+    assert load_config(file) == run
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stps=3", "unknown key 'train.stps': did you mean 'steps'?"),
+        ("train.steps=0", "train.steps"),
+        ("train.steps=many", "train.steps"),
+        ("parallel.zero_stage=4", "parallel.zero_stage"),
+        ("parallel.tensor=3", "model.num_attention_heads 4 is not divisible by parallel.tensor 3"),
+        ("parallel.sequence_parallel=true", "needs tensor > 1"),
+        ("parallel.pipeline=2", "not supported yet"),
+        ("model.num_kv_heads=3", "num_kv_heads 3"),
+        ("data.sequence_length=100000", "max_position_embeddings"),
+        ("data.validation_fraction=0", "eval.every"),
+        ("train.micro_batch_size=5", "not divisible by train.micro_batch_size"),
+        ("eval.retention=[0.5,0.501]", "differ in two decimals"),
+        ("eval.retention=[1.5]", "eval.retention"),
+        ("routing.policy=suffix routing.shared_layers=8", "shared_layers"),
+        ("routing.cross_prob=1.5", "routing.cross_prob"),
+        ("routing.kv_source_layers=[0]", "kv_source_layers"),
+        ("optimizer.lr=-1", "optimizer.lr"),
+        ("noequals", "section.key=value"),
+    ],
+)
+def test_bad_values_are_one_line_naming_the_key(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(REFERENCE, override.split(" "))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_files_are_one_line_naming_file_and_line(tmp_path: Path) -> None:
+    cases = {
+        "model: {num_layers: 2\n": "not valid YAML",
+        "- 1\n": "mapping of sections",
+        "train:\n  steps: 1\n  steps: 2\n": "bad.yaml:3: not valid YAML: key 'steps' stands twice",
+        "base: gone.yaml\n": "gone.yaml",
+    }
+    for text, message in cases.items():
+        file = tmp_path / "bad.yaml"
+        file.write_text(text)
+        with pytest.raises(UserError, match=r".") as caught:
+            load_config(file)
+        assert message in str(caught.value)
+    missing = REFERENCE.read_text().replace("  hidden_size: 96 ", "  # hidden_size: 96 ")
+    (tmp_path / "bad.yaml").write_text(missing)
+    with pytest.raises(UserError, match=r"bad\.yaml:\d+: key 'model.hidden_size' is missing"):
+        load_config(tmp_path / "bad.yaml")
+
+
+def test_processes_must_fit_the_layout() -> None:
+    run = load_config(REFERENCE, ["parallel.tensor=2"])
+    assert derive(run, 4).data_parallel == 2
+    with pytest.raises(UserError, match="start a multiple of 2 processes"):
+        derive(run, 3)
+    with pytest.raises(UserError, match="global_batch_size"):
+        derive(run, 12)
+
+
+def test_the_command_prints_one_line_and_fails(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "skv_dist.training.cli"]
+    for arguments in (["nowhere.yaml"], [str(REFERENCE), "train.stps=1"]):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "Traceback" not in done.stderr

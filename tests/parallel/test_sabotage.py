@@ -1,0 +1,95 @@
+"""The parity tests can fail: each fault that trains happily with wrong gradients turns the comparison red."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import jobs
+from tests.parallel.test_parity import check, reference
+
+ROUTED = {"policy": "r_cla"}
+
+# fault, processes, parallel section, recompute
+FAULTS: list[tuple[str, int, dict[str, Any], str]] = [
+    ("divided_at_every_stage", 1, {"zero_stage": 1}, "none"),
+    ("gradients_not_summed_over_tensor_ranks", 2, {"zero_stage": 0, "tensor": 2, "sequence_parallel": True}, "none"),
+    ("gradients_not_summed_over_tensor_ranks", 2, {"zero_stage": 1, "tensor": 2}, "none"),  # q/k-norms, without SP
+    ("split_parameters_not_marked", 2, {"zero_stage": 0, "tensor": 2}, "none"),
+    ("split_parameters_not_marked", 2, {"zero_stage": 1, "tensor": 2}, "none"),
+    ("route_off_by_one", 1, {"zero_stage": 0}, "none"),
+    ("borrowed_kv_detached", 1, {"zero_stage": 0}, "none"),
+    ("borrowed_kv_detached", 1, {"zero_stage": 0}, "full"),
+    ("drawn_again_in_recompute", 1, {"zero_stage": 0}, "full"),
+    ("micro_batch_dropped", 1, {"zero_stage": 0}, "none"),
+    ("plan_of_the_step_before", 1, {"zero_stage": 0}, "none"),
+]
+
+
+@pytest.mark.parametrize(("fault", "processes", "parallel", "recompute"), FAULTS)
+def test_fault_is_noticed(
+    workers: Any, fault: str, processes: int, parallel: dict[str, Any], recompute: str
+) -> None:
+    settings = jobs.config(parallel=parallel, train={"recompute": recompute})
+    settings["routing"] = ROUTED
+    expected = reference(workers, ROUTED)
+    found = workers(processes)(jobs.train, settings, 3, fault)[0]
+    with pytest.raises(AssertionError):
+        check(found, expected, 1e-3)  # far above rounding
+
+
+def test_clipping_is_what_the_configuration_says(workers: Any) -> None:
+    """DeepSpeed clips at 1.0 where nothing is set."""
+
+    def gradients(zero: int, fault: str | None = None) -> dict[str, np.ndarray]:
+        settings = jobs.config(
+            parallel={"zero_stage": zero}, model={"init_std": 0.3}, optimizer={"clip_grad_norm": 0.0}
+        )
+        found = workers(1)(jobs.train, settings, 0, fault, False)[0]
+        assert found["norms"][0] > 2
+        return found["gradients"]
+
+    expected = gradients(0)
+    name = "final_norm.weight"
+    np.testing.assert_allclose(gradients(1)[name], expected[name], rtol=1e-4, atol=1e-6)
+    assert np.abs(gradients(1, "clipped_by_default")[name]).max() < 0.6 * np.abs(expected[name]).max()
+
+
+@pytest.mark.parametrize(("zero", "precision"), [(2, "fp32"), (1, "bf16")])
+def test_two_backwards_without_a_forward_between_them(workers: Any, zero: int, precision: str) -> None:
+    """As in every pipeline's cool-down. Without the hook DeepSpeed drops the second gradient."""
+    settings = jobs.config(
+        parallel={"zero_stage": zero}, train={"precision": precision}, optimizer={"clip_grad_norm": 0.0}
+    )
+    norms = {hook: workers(1)(jobs.two_backwards, settings, hook)[0] for hook in (True, False)}
+    together, apart = norms[True]
+    assert together == pytest.approx(apart, rel=1e-5 if precision == "fp32" else 1e-2)
+    together, apart = norms[False]
+    assert together != pytest.approx(apart, rel=5e-2)
+
+
+def test_bf16_accumulates_in_fp32(workers: Any) -> None:
+    """bf16 gradients of many micro-batches are as close to fp32's as those of the engine without DeepSpeed."""
+    expected = reference(workers, ROUTED)
+
+    def error(parallel: dict[str, Any], processes: int) -> float:
+        settings = jobs.config(parallel=parallel, train={"precision": "bf16"})
+        settings["routing"] = ROUTED
+        found = workers(processes)(jobs.train, settings)[0]
+        np.testing.assert_allclose(found["losses"], expected["losses"], rtol=5e-3)
+        np.testing.assert_allclose(found["norms"], expected["norms"], rtol=5e-2)
+        gaps = [
+            float(np.linalg.norm(found["gradients"][n] - g) / np.linalg.norm(g))
+            for n, g in expected["gradients"].items()
+            if np.any(g)  # k-norm of a layer whose K/V nobody read
+        ]
+        return float(np.mean(gaps))
+
+    plain = error({"zero_stage": 0}, 1)
+    assert plain < 0.1
+    for parallel, processes in (
+        ({"zero_stage": 1}, 2),
+        ({"zero_stage": 2, "tensor": 2, "sequence_parallel": True}, 4),
+        ({"zero_stage": 3}, 1),
+    ):
+        assert error(parallel, processes) < 1.5 * plain, parallel

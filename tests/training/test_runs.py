@@ -1,0 +1,124 @@
+"""Whole runs: determinism, the order of samples, the guard, SIGTERM, the saved weights."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import jobs
+from tests.workers import JobFailedError
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        words = rng.choice(["the", "cache", "of", "any", "layer", "may", "be", "cut\n"], 60)
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    return folder
+
+
+def settings(text: Path, out: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    given = jobs.config(**sections)
+    given["data"] = {
+        "sequence_length": 16, "sources": [{"path": str(text / "*.txt"), "format": "text"}],
+        "validation_fraction": 0.2, "cache_dir": str(text / "cache"), **sections.get("data", {}),
+    }  # fmt: skip
+    given["train"] = {**given["train"], "steps": 6, "output_dir": str(out), "progress": False}
+    given["train"].update(sections.get("train", {}))
+    given["eval"] = {"every": 3, "samples": 7, "retention": [1.0, 0.5], **sections.get("eval", {})}
+    return given
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    return [line["loss"] for line in lines] + [v for line in lines for k, v in line.items() if k.startswith("eval/")]
+
+
+def test_runs_repeat_bitwise_and_do_not_depend_on_the_number_of_replicas(
+    workers: Any, text: Path, tmp_path: Path
+) -> None:
+    one = workers(1)(jobs.run_training, settings(text, tmp_path / "a"))[0]
+    again = workers(1)(jobs.run_training, settings(text, tmp_path / "b"))[0]
+    assert losses(one) == losses(again)
+    assert [line["step"] for line in one] == list(range(1, 7))
+    expected = {"loss", "grad_norm", "lr", "tokens", "tokens_per_second", "peak_memory_bytes", "skipped", "step"}
+    assert expected <= one[0].keys()
+    assert "eval/loss@0.50" in one[2]
+    assert "eval/loss@1.00" in one[5]
+
+    two = workers(2)(jobs.run_training, settings(text, tmp_path / "c"))[0]
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    tensor = {"tensor": 2, "sequence_parallel": True}
+    split = workers(2)(jobs.run_training, settings(text, tmp_path / "d", parallel=tensor))[0]
+    np.testing.assert_allclose(losses(split), losses(one), rtol=1e-5)
+    twice = workers(2)(jobs.run_training, settings(text, tmp_path / "e", parallel=tensor))[0]
+    assert losses(split) == losses(twice)
+    other = workers(1)(jobs.run_training, settings(text, tmp_path / "f", train={"seed": 8}))[0]
+    assert losses(other) != losses(one)
+
+
+def test_a_run_is_not_written_over(workers: Any, text: Path, tmp_path: Path) -> None:
+    workers(1)(jobs.run_training, settings(text, tmp_path / "a", train={"steps": 1}))
+    before = (tmp_path / "a" / "metrics.jsonl").read_text()
+    with pytest.raises(JobFailedError, match="already holds a run"):
+        workers(1)(jobs.run_training, settings(text, tmp_path / "a"))
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == before
+
+
+def test_the_guard_ends_a_run_with_one_line(workers: Any, text: Path, tmp_path: Path) -> None:
+    hard = {"spike_factor": 1.0001, "spike_window": 2, "max_skipped_steps": 2, "steps": 200}
+    with pytest.raises(JobFailedError, match="2 steps in a row were skipped") as caught:
+        workers(1)(jobs.run_training, settings(text, tmp_path / "a", train=hard))
+    assert caught.value.kind == "UserError"
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["skipped"] >= 1
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_step_left_out_leaves_nothing_behind(workers: Any, zero: int) -> None:
+    given = jobs.config(parallel={"zero_stage": zero}, routing={"policy": "none", "cross_prob": 0.0})
+    *checks, norm = workers(2)(jobs.leave_out, given)[0]
+    assert checks == [True, True, True, True]
+    single = jobs.config(parallel={"zero_stage": 0}, routing={"policy": "none", "cross_prob": 0.0})
+    assert norm == pytest.approx(workers(1)(jobs.leave_out, single)[0][-1], rel=1e-5)
+
+
+def test_sigterm_ends_after_the_step_and_what_is_saved_can_be_measured(text: Path, tmp_path: Path) -> None:
+    import yaml
+
+    out = tmp_path / "run"
+    file = tmp_path / "run.yaml"
+    given = settings(text, out, train={"steps": 100000}, eval={"every": 10**6}, parallel={"zero_stage": 0})
+    file.write_text(yaml.safe_dump(given))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "skv_dist.training.cli", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    step = metrics.read_text().count("\n")
+    assert f"stopped by SIGTERM after step {step}" in printed
+    checkpoint = out / "checkpoints" / f"step_{step:08d}"
+    done = subprocess.run(
+        [sys.executable, "-m", "skv_dist.evaluation.cli", str(checkpoint), "--retention", "1", "0.5", "--cached-layers",
+         "0", "1", "--json", str(tmp_path / "losses.json"), "--prompt", "the ", "--new-tokens", "5"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "losses.json").read_text())
+    assert set(measured) == {"loss@1.00", "loss@0.50", "loss@layers 0,1"}
+    assert done.stdout.count("sampled under") == 3
