@@ -65,7 +65,7 @@ def borrowed_kv_detached() -> Any:
     right = RoutedChunk._run_layer
 
     def wrong(self: Any, number: int, hidden: Any, rotary: Any, mask: Any, borrowed: Any, keep: bool) -> Any:
-        detached = None if borrowed is None else type(borrowed)(*(t.detach() for t in borrowed))
+        detached = None if borrowed is None else type(borrowed)(borrowed.key.detach(), borrowed.value.detach())
         return right(self, number, hidden, rotary, mask, detached, keep)
 
     return mock.patch.object(RoutedChunk, "_run_layer", wrong)

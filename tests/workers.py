@@ -4,9 +4,13 @@ Importing torch, Megatron and DeepSpeed takes seconds, so the processes are kept
 model-parallel groups inside the one world.
 """
 
+import faulthandler
+import gc
 import multiprocessing
 import os
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,6 +24,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # where it hangs, for the one who reads the log
     import warnings
 
     warnings.filterwarnings("ignore")
@@ -35,6 +40,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
             pipe.send((True, function(*arguments)))
         except BaseException as error:
             pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+        gc.collect()  # engines lie in reference cycles and hold process groups, whose threads would add up
 
 
 class JobFailedError(Exception):
@@ -69,6 +75,7 @@ class Workers:
         answers = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(JOB_TIMEOUT):
+                self._print_stacks()
                 self.close()
                 raise TimeoutError(f"rank {rank} gave no answer within {JOB_TIMEOUT} s")
             answers.append(pipe.recv())
@@ -76,6 +83,12 @@ class Workers:
             if not succeeded:
                 raise JobFailedError(*answer)
         return [answer for _, answer in answers]
+
+    def _print_stacks(self) -> None:
+        for process in self._processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(1)  # one after the other
 
     def close(self) -> None:
         self.closed = True

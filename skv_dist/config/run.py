@@ -53,11 +53,6 @@ class RunConfig(Section):
                 f"train.global_batch_size {train.global_batch_size} is not divisible by train.micro_batch_size "
                 f"{train.micro_batch_size}"
             )
-        if parallel.zero_stage == 3 and parallel.tensor > 1:
-            raise UserError(
-                f"parallel.zero_stage 3 and parallel.tensor {parallel.tensor} do not work together yet (it hangs): "
-                "set parallel.zero_stage=2"
-            )
         if data.reset_attention and model.transformer_impl == "transformer_engine":
             raise UserError(
                 "data.reset_attention: true and model.transformer_impl: transformer_engine do not work together: "
@@ -96,13 +91,6 @@ def derive(config: RunConfig, world_size: int) -> Derived:
         raise UserError(
             f"train.global_batch_size {train.global_batch_size} is not divisible by train.micro_batch_size "
             f"{train.micro_batch_size} x {replicas} data-parallel replicas"
-        )
-    drawn = config.routing.policy in ("r_cla", "rd_cla", "subset")
-    if parallel.zero_stage == 3 and replicas > 1 and drawn:
-        raise UserError(
-            f"parallel.zero_stage 3 over {replicas} data-parallel replicas and routing.policy "
-            f"'{config.routing.policy}' do not work together yet (replicas with different routes wait for each other "
-            "without end): set parallel.zero_stage=2"
         )
     return Derived(
         world_size=world_size,

@@ -6,7 +6,8 @@ them is ours, so that K/V are arguments and results instead of hidden state.
 """
 
 import contextlib
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class KV(NamedTuple):
-    """Keys and values of one layer on this rank, each [s, b, k, d], after k-norm and rotary positions."""
+@dataclass(frozen=True)
+class KV:
+    """Keys and values of one layer on this rank, each [s, b, k, d], after k-norm and rotary positions.
+
+    Not a tuple: into tuples, lists and dicts ZeRO-3 looks for tensors to hang its hooks on. With K/V among them the
+    number of hooks that fire would follow the route table, and replicas with other routes would fall out of step.
+    """
 
     key: torch.Tensor
     value: torch.Tensor
@@ -128,7 +134,7 @@ class RoutedSelfAttention(SelfAttention):
         own = KV(key, value)
         used = own if borrowed is None else borrowed
         if self.recompute_core and self.training:
-            context = tensor_parallel.checkpoint(lambda q, k, v: self._core(q, k, v, mask), False, query, *used)
+            context = tensor_parallel.checkpoint(lambda q, k, v: self._core(q, k, v, mask), False, query, used.key, used.value)
         else:
             context = self._core(query, used.key, used.value, mask)
         if borrowed is not None and not read_by_others:

@@ -177,9 +177,10 @@ class RoutedChunk(MegatronModule):
         # closure gets no gradient, silently.
         def region(inputs: torch.Tensor, *kv: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
             out, own = layer(inputs, rotary, mask, KV(*kv) if kv else None, keep)
-            return (out, *own) if keep else out
+            return (out, own.key, own.value) if keep else out
 
-        result = tensor_parallel.checkpoint(region, False, hidden, *(borrowed or ()))
+        lent = () if borrowed is None else (borrowed.key, borrowed.value)
+        result = tensor_parallel.checkpoint(region, False, hidden, *lent)
         if keep:
             return result[0], KV(*result[1:])
         return result, KV(hidden, hidden)  # never read: keep is False

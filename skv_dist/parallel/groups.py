@@ -86,10 +86,15 @@ def start(parallel: ParallelConfig) -> World:
 
 
 def leave_model_parallel() -> None:
-    """Forget Megatron's groups, so that `start` can make others in the same world."""
+    """Destroy Megatron's groups, so that `start` can make others in the same world."""
     from megatron.core import parallel_state
 
+    # Megatron only forgets them. Each gloo group keeps three threads, of which one wakes every few milliseconds.
+    made = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
+    for group in made:
+        if group is not None:  # which stands for the world
+            dist.destroy_process_group(group)
 
 
 def stop() -> None:

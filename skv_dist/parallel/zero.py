@@ -92,8 +92,7 @@ class ZeroEngine(Engine):
             if self._stage < 3:
                 parameter.data.copy_(value)
                 continue
-            source = parallel_state.get_data_parallel_src_rank()
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=source):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # a rank within the data group
                 parameter.data.copy_(value)
 
     def forward(self, chunk: int, *args: Any) -> torch.Tensor:
