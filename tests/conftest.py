@@ -9,11 +9,13 @@ from tests.workers import Workers
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Callable[[int], Workers]]:
-    """``workers(n)``: n processes, started at first use and kept."""
+    """``workers(n)``: n processes, started at first use and kept while they are fit."""
     pools: dict[int, Workers] = {}
 
     def get(size: int) -> Workers:
-        if size not in pools or pools[size].closed:
+        if size in pools and pools[size].worn:
+            pools.pop(size).close()
+        if size not in pools:
             pools[size] = Workers(size)
         return pools[size]
 

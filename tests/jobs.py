@@ -1,5 +1,7 @@
 """What the parity tests run inside worker processes, and the small configuration they start from."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,30 @@ def global_batch(step: int, reset_attention: bool = False) -> list[Any]:
     return batches
 
 
+@contextlib.contextmanager
+def built(settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(run, world), with process groups that are left afterwards."""
+    from skv_dist.config.run import RunConfig
+    from skv_dist.parallel import groups
+
+    run = RunConfig.model_validate(settings)
+    try:
+        yield run, groups.start(run.parallel)
+    finally:
+        groups.leave_model_parallel()
+
+
+@contextlib.contextmanager
+def made_engine(run: Any, world: Any) -> Iterator[Any]:
+    from skv_dist.parallel.create import create_engine
+
+    engine = create_engine(run, VOCAB, world.device)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
 def _capture_gradients(engine: Any, run: Any) -> dict[str, np.ndarray]:
     """Every gradient of the last batch, reduced, as the optimizer would get it.
 
@@ -89,18 +115,13 @@ def train(
 
 
 def _train(settings: dict[str, Any], steps: int, without_clipping: bool) -> dict[str, Any] | None:
-    from skv_dist.config.run import RunConfig
-    from skv_dist.parallel import groups
-    from skv_dist.parallel.create import create_engine
     from skv_dist.parallel.gather import full_parameters
+    from skv_dist.parallel.groups import seed_dropout
     from skv_dist.parallel.step import count_tokens, run_batch
     from skv_dist.routing import build_policy
     from skv_dist.routing.draw import DrawKey
 
-    run = RunConfig.model_validate(settings)
-    world = groups.start(run.parallel)
-    try:
-        engine = create_engine(run, VOCAB, world.device)
+    with built(settings) as (run, world), made_engine(run, world) as engine:
         policy = build_policy(run.routing, run.model.num_layers)
 
         def batch(step: int) -> float:
@@ -109,6 +130,7 @@ def _train(settings: dict[str, Any], steps: int, without_clipping: bool) -> dict
             ]
             plans = [policy.plan(DrawKey(run.train.seed, step, b.index)) for b in mine]
             tokens = count_tokens(mine, world.device)
+            seed_dropout(run.train.seed, step, mine[0].index)
             return run_batch(engine, mine, plans, tokens=tokens, train=True).item()
 
         engine.set_lr(run.optimizer.lr)
@@ -124,8 +146,6 @@ def _train(settings: dict[str, Any], steps: int, without_clipping: bool) -> dict
         norms.append(float(gradients.pop("")))
         result = {"losses": losses, "norms": norms, "parameters": parameters, "gradients": gradients}
         return result if world.is_first else None
-    finally:
-        groups.leave_model_parallel()
 
 
 def unclip(engine: Any) -> None:
@@ -143,17 +163,13 @@ def logits(
     """Logits [b, s, v] under a route table, of given weights (global names) or the initial ones."""
     import torch
 
-    from skv_dist.config.run import RunConfig
     from skv_dist.model.sharding import kind_of, take
-    from skv_dist.parallel import groups
     from skv_dist.parallel.build import local_initial_values
     from skv_dist.parallel.frozen import FrozenEngine
     from skv_dist.routing import RoutePlan
 
-    run = RunConfig.model_validate(settings)
-    vocab_size = run.model.vocab_size or VOCAB
-    world = groups.start(run.parallel)
-    try:
+    with built(settings) as (run, world):
+        vocab_size = run.model.vocab_size or VOCAB
         engine = FrozenEngine(run, vocab_size, world.device)
         if weights is None:
             engine.assign(local_initial_values(run, engine.root, vocab_size))
@@ -169,8 +185,6 @@ def logits(
         with torch.no_grad():
             out = engine.forward(0, RoutePlan(table), torch.from_numpy(tokens))
         return out.numpy().copy() if world.is_first else None
-    finally:
-        groups.leave_model_parallel()
 
 
 def run_training(settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -192,17 +206,11 @@ def run_training(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def leave_out(settings: dict[str, Any]) -> list[bool]:
     """Per check: a step left out changes no parameter, and leaves no gradient for the next one."""
-    from skv_dist.config.run import RunConfig
-    from skv_dist.parallel import groups
-    from skv_dist.parallel.create import create_engine
     from skv_dist.parallel.gather import full_parameters
     from skv_dist.parallel.step import count_tokens, run_batch
     from skv_dist.routing import RoutePlan
 
-    run = RunConfig.model_validate(settings)
-    world = groups.start(run.parallel)
-    try:
-        engine = create_engine(run, VOCAB, world.device)
+    with built(settings) as (run, world), made_engine(run, world) as engine:
 
         def values() -> dict[str, np.ndarray]:
             return {name: value.numpy().copy() for name, value in full_parameters(engine, run, VOCAB)}
@@ -223,39 +231,30 @@ def leave_out(settings: dict[str, Any]) -> list[bool]:
         moved = values()
         changed = any(not np.array_equal(before[name], moved[name]) for name in before)
         return [unchanged, not outcome.applied, clean.applied, changed, clean.grad_norm]  # type: ignore[list-item]
-    finally:
-        groups.leave_model_parallel()
 
 
 def two_backwards(settings: dict[str, Any], with_hook: bool) -> list[float]:
     """Gradient norm of two micro-batches: both forwards before both backwards, then one after the other."""
-    from skv_dist.config.run import RunConfig
-    from skv_dist.parallel import groups
-    from skv_dist.parallel.create import create_engine
     from skv_dist.routing import RoutePlan
 
-    run = RunConfig.model_validate(settings)
-    world = groups.start(run.parallel)
-    plan = RoutePlan(range(run.model.num_layers))
     first, second = global_batch(0)[:2]
 
     def loss(engine: Any, batch: Any) -> Any:
+        plan = RoutePlan(range(BASE["model"]["num_layers"]))
         return (engine.forward(0, plan, batch.tokens, batch.labels) * batch.loss_mask).sum()
 
     norms = []
-    try:
+    with built(settings) as (run, world):
         for together in (True, False):
-            engine = create_engine(run, VOCAB, world.device)
-            if not with_hook:
-                engine.root.on_backward = None
-            if together:
-                losses = [loss(engine, first), loss(engine, second)]
-                for value in losses:
-                    value.backward()
-            else:
-                loss(engine, first).backward()
-                loss(engine, second).backward()
-            norms.append(engine.step().grad_norm)
-        return norms
-    finally:
-        groups.leave_model_parallel()
+            with made_engine(run, world) as engine:
+                if not with_hook:
+                    engine.root.on_backward = None
+                if together:
+                    losses = [loss(engine, first), loss(engine, second)]
+                    for value in losses:
+                        value.backward()
+                else:
+                    loss(engine, first).backward()
+                    loss(engine, second).backward()
+                norms.append(engine.step().grad_norm)
+    return norms

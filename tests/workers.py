@@ -14,9 +14,11 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 JOB_TIMEOUT = 150
+MOST_THREADS = 400
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
@@ -83,6 +85,12 @@ class Workers:
             if not succeeded:
                 raise JobFailedError(*answer)
         return [answer for _, answer in answers]
+
+    @property
+    def worn(self) -> bool:
+        """Whether to start afresh: what DeepSpeed keeps of a ZeRO-3 engine holds process groups and their threads."""
+        tasks = Path(f"/proc/{self._processes[0].pid}/task")
+        return self.closed or (tasks.exists() and len(list(tasks.iterdir())) > MOST_THREADS)
 
     def _print_stacks(self) -> None:
         for process in self._processes:

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     folder: Path = arguments.checkpoint
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no config.yaml")
-    one_process = ["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.zero_stage=0"]
+    one_process = ["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.zero_stage=0", "train.compile=false"]
     asked = [] if arguments.retention is None else [f"eval.retention={json.dumps(arguments.retention)}"]
     if arguments.samples is not None:
         asked.append(f"eval.samples={arguments.samples}")

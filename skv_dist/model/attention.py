@@ -18,6 +18,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from skv_dist.model.gradients import keep_in_graph
+
 
 @dataclass(frozen=True)
 class KV:
@@ -83,24 +85,6 @@ class SdpaCoreAttention(MegatronModule):
         return contextlib.nullcontext()
 
 
-class _KeepInGraph(torch.autograd.Function):
-    """Identity on the first argument that gives the others a zero gradient instead of none.
-
-    A layer whose K/V nobody reads must still hand every parameter a gradient, on every rank: replicas draw different
-    routes, and a reduction that some of them enter and others do not would hang or mix up buckets.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *unread: torch.Tensor) -> torch.Tensor:
-        ctx.shapes = [(t.shape, t.dtype, t.device) for t in unread]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
-        return grad, *zeros
-
-
 class RoutedSelfAttention(SelfAttention):
     """Megatron's self-attention with K/V as explicit input and output. Works over the local and the TE spec."""
 
@@ -115,7 +99,7 @@ class RoutedSelfAttention(SelfAttention):
         mask: Any,
         borrowed: KV | None,
         read_by_others: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, KV]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, KV | None]:
         """Attend to own or borrowed K/V.
 
         Args:
@@ -126,7 +110,8 @@ class RoutedSelfAttention(SelfAttention):
             read_by_others: whether a later layer reads this layer's own K/V.
 
         Returns:
-            Output of the projection (shape of ``hidden``), its bias if any, and this layer's own K/V.
+            Output of the projection (shape of ``hidden``), its bias if any, and this layer's own K/V if a later layer
+            reads them.
         """
         query, key, value = self.get_query_key_value_tensors(hidden)
         query = apply_rotary_pos_emb(query, rotary, config=self.config, cp_group=self.pg_collection.cp)
@@ -138,9 +123,9 @@ class RoutedSelfAttention(SelfAttention):
         else:
             context = self._core(query, used.key, used.value, mask)
         if borrowed is not None and not read_by_others:
-            context = _KeepInGraph.apply(context, key, value)
+            context = keep_in_graph(context, key, value)
         output, bias = self.linear_proj(context)
-        return output, bias, own
+        return output, bias, own if read_by_others else None
 
     def _core(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
         return self.core_attention(

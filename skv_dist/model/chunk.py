@@ -1,6 +1,7 @@
 """A run of consecutive layers on one rank, with embedding and head where they belong."""
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from skv_dist.errors import UserError
 from skv_dist.model.attention import KV
 from skv_dist.model.cross_entropy import vocab_parallel_cross_entropy
 from skv_dist.model.documents import document_mask
+from skv_dist.model.gradients import contiguous_gradient
 from skv_dist.model.megatron_config import layer_spec, norm_class, transformer_config, transformer_impl
 from skv_dist.model.rotary import inverse_frequencies, rotary_angles
 from skv_dist.routing import RoutePlan
@@ -96,6 +98,10 @@ class RoutedChunk(MegatronModule):
 
     def compile_layers(self) -> None:
         """Compile each layer on its own: the graph of a step changes with every route table, a layer's does not."""
+        # Megatron warns of a deprecated argument inside its own row-parallel linear: a graph break in every layer.
+        torch._dynamo.config.ignore_logger_methods.add(warnings.warn)
+        # One variant each: own or borrowed K/V, lent or not, with gradient or without.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
         for layer in self.layers.values():
             layer.compile(dynamic=False)
 
@@ -160,15 +166,15 @@ class RoutedChunk(MegatronModule):
                 borrowed = live[source]
             keep = plan.last_reader[number] > number
             hidden, own = self._run_layer(number, hidden, rotary, mask, borrowed, keep)
-            if keep:
-                live[number] = own
+            if own is not None:
+                live[number] = KV(contiguous_gradient(own.key), contiguous_gradient(own.value))
             if source != number and plan.last_reader[source] == number:
                 del live[source]
         return hidden
 
     def _run_layer(
         self, number: int, hidden: torch.Tensor, rotary: torch.Tensor, mask: Any, borrowed: KV | None, keep: bool
-    ) -> tuple[torch.Tensor, KV]:
+    ) -> tuple[torch.Tensor, KV | None]:
         layer = self.layers[str(number)]
         if not (self.recompute_layers and self.training):
             return layer(hidden, rotary, mask, borrowed, keep)
@@ -177,13 +183,11 @@ class RoutedChunk(MegatronModule):
         # closure gets no gradient, silently.
         def region(inputs: torch.Tensor, *kv: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
             out, own = layer(inputs, rotary, mask, KV(*kv) if kv else None, keep)
-            return (out, own.key, own.value) if keep else out
+            return out if own is None else (out, own.key, own.value)
 
         lent = () if borrowed is None else (borrowed.key, borrowed.value)
         result = tensor_parallel.checkpoint(region, False, hidden, *lent)
-        if keep:
-            return result[0], KV(*result[1:])
-        return result, KV(hidden, hidden)  # never read: keep is False
+        return (result[0], KV(*result[1:])) if keep else (result, None)
 
     def _head(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         hidden = self.final_norm(hidden)

@@ -1,4 +1,4 @@
-"""A transformer layer as a function (hidden, K/V it borrows) -> (hidden, its own K/V)."""
+"""A transformer layer as a function (hidden, K/V it borrows) -> (hidden, K/V it lends)."""
 
 from typing import Any
 
@@ -24,8 +24,8 @@ class RoutedLayer(TransformerLayer):
         mask: Any,
         borrowed: KV | None,
         read_by_others: bool,
-    ) -> tuple[torch.Tensor, KV]:
-        """hidden [s, b, h] (or [s/t, b, h]) -> the same shape, and this layer's own K/V."""
+    ) -> tuple[torch.Tensor, KV | None]:
+        """hidden [s, b, h] (or [s/t, b, h]) -> the same shape, and this layer's own K/V if a later layer reads them."""
         attended, bias, own = self.self_attention(
             self.input_layernorm(hidden), rotary, mask, borrowed, read_by_others
         )

@@ -81,6 +81,10 @@ class Engine(ABC):
     def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
         """Set parameters, fp32 masters included, from this tensor-parallel rank's parts. Collective."""
 
+    def close(self) -> None:
+        """Take hooks off the parameters. Without it an engine, with its process groups, outlives its last reference."""
+        self.root.on_backward = None
+
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr

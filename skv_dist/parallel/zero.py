@@ -125,3 +125,7 @@ class ZeroEngine(Engine):
         for parameter, value in values:
             safe_set_full_fp32_param(parameter, value)
             self._write(iter([(parameter, value)]))
+
+    def close(self) -> None:
+        super().close()
+        self._engine.destroy()

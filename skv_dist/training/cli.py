@@ -92,6 +92,7 @@ def train(run: RunConfig) -> None:
         save_weights(engine, run, vocab_size, folder)
         if world.is_first:
             print(f"saved {folder}", flush=True)
+    engine.close()
     if trainer.stopped_by and world.is_first:
         print(f"stopped by {trainer.stopped_by} after step {trainer.step}", flush=True)
 

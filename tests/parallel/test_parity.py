@@ -1,5 +1,6 @@
 """Every layout against one process that holds everything: losses, norms, parameters and every gradient."""
 
+import shutil
 from typing import Any
 
 import numpy as np
@@ -43,29 +44,21 @@ def reference(workers: Any, routing: dict[str, Any]) -> dict[str, Any]:
     return _expected[key]
 
 
-# processes, tensor, sequence_parallel, zero_stage, recompute, policy
+# processes, tensor, sequence_parallel
+SPLITS = [(1, 1, False), (2, 1, False), (2, 2, False), (2, 2, True)]
 LAYOUTS = [
-    (1, 1, False, 1, "none", "r_cla"),
-    (1, 1, False, 2, "selective", "r_cla"),
-    (1, 1, False, 3, "full", "r_cla"),
-    (1, 1, False, 0, "full", "r_cla"),
-    (1, 1, False, 0, "selective", "r_cla"),
-    (2, 1, False, 0, "none", "r_cla"),
-    (2, 1, False, 1, "full", "r_cla"),
-    (2, 1, False, 2, "none", "r_cla"),
-    (2, 1, False, 2, "full", "r_cla"),
-    (2, 1, False, 3, "none", "none"),
-    (2, 2, False, 0, "none", "r_cla"),
-    (2, 2, False, 1, "full", "r_cla"),
-    (2, 2, True, 0, "full", "r_cla"),
-    (2, 2, True, 2, "selective", "r_cla"),
-    (2, 2, True, 1, "none", "none"),
-    (2, 1, False, 3, "full", "none"),
-    (2, 2, False, 2, "none", "suffix"),
-    (4, 2, True, 0, "none", "r_cla"),
-    (4, 2, True, 1, "full", "subset"),
-    (4, 2, True, 2, "full", "r_cla"),
-    (4, 4, True, 1, "full", "r_cla"),  # more ranks than KV heads
+    *(
+        (*split, zero, recompute, policy)
+        for split in SPLITS
+        for zero in range(4)
+        for recompute in ("none", "selective", "full")
+        for policy in ("r_cla", "none")
+        if (policy, recompute) != ("none", "selective")
+    ),
+    *((4, 2, True, zero, "full", "r_cla") for zero in range(4)),
+    *((4, 4, zero % 2 == 0, zero, "none", "r_cla") for zero in range(4)),  # more ranks than KV heads
+    (2, 2, True, 1, "none", "suffix"),
+    (2, 1, False, 3, "full", "subset"),
     (4, 4, False, 0, "selective", "cla"),
 ]
 
@@ -82,3 +75,41 @@ def test_layout_equals_one_process(
     settings["routing"] = routing
     found = workers(processes)(jobs.train, settings)[0]
     check(found, reference(workers, routing))
+
+
+VARIANTS: list[dict[str, dict[str, Any]]] = [
+    {"model": {"norm": "layernorm", "activation": "gelu", "qk_norm": False, "tie_embeddings": True}},
+    {"data": {"reset_attention": True}},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v)))
+@pytest.mark.parametrize("zero", [1, 3])
+def test_model_variants_equal_one_process(workers: Any, variant: dict[str, dict[str, Any]], zero: int) -> None:
+    data = {**jobs.BASE["data"], **variant.get("data", {})}
+    one = jobs.config(**{**variant, "data": data, "parallel": {"zero_stage": 0}})
+    parallel = {"zero_stage": zero, "tensor": 2, "sequence_parallel": True}
+    split = jobs.config(**{**variant, "data": data, "parallel": parallel, "train": {"recompute": "full"}})
+    check(workers(2)(jobs.train, split)[0], workers(1)(jobs.train, one)[0])
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}], ids=str)
+def test_recompute_repeats_the_dropout(workers: Any, parallel: dict[str, Any]) -> None:
+    def run(recompute: str) -> dict[str, Any]:
+        settings = jobs.config(
+            parallel={"zero_stage": 0, **parallel},
+            model={"attention_dropout": 0.2, "hidden_dropout": 0.1},
+            train={"recompute": recompute, "recompute_modules": ["core_attn", "mlp"]},
+        )
+        return workers(parallel.get("tensor", 1))(jobs.train, settings)[0]
+
+    expected = run("none")
+    assert expected["losses"] != reference(workers, jobs.BASE["routing"])["losses"]
+    for recompute in ("selective", "full"):
+        check(run(recompute), expected, 1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_equal_one_process(workers: Any) -> None:
+    settings = jobs.config(parallel={"zero_stage": 1}, train={"compile": True})
+    check(workers(1)(jobs.train, settings)[0], reference(workers, jobs.BASE["routing"]))
