@@ -12,7 +12,7 @@ GLOBAL_BATCH = 8
 
 BASE: dict[str, Any] = {
     "model": {
-        "num_layers": 6, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_kv_heads": 2,
+        "num_layers": 8, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_kv_heads": 2,
         "qk_norm": True, "make_vocab_size_divisible_by": 8, "transformer_impl": "local",
     },
     "routing": {"policy": "r_cla", "cross_prob": 0.6},
@@ -102,11 +102,13 @@ def _capture_gradients(engine: Any, run: Any) -> dict[str, np.ndarray]:
 def train(
     settings: dict[str, Any], steps: int = 3, fault: str | None = None, without_clipping: bool = True
 ) -> dict[str, Any] | None:
-    """Train some steps, then take the gradients of one more batch. Rank 0 returns losses, parameters, gradients.
+    """Take the gradients of one batch, then, from the start again, train some steps on others.
+
+    Rank 0 returns losses, gradient norms, gradients and the parameters at the end.
 
     Args:
         fault: name of a function in `tests.sabotage`.
-        without_clipping: switch clipping off for the last batch, where it would hide a wrong scale of the gradient.
+        without_clipping: switch clipping off for the first batch, where it would hide a wrong scale of the gradient.
     """
     from tests import sabotage
 
@@ -116,36 +118,37 @@ def train(
 
 def _train(settings: dict[str, Any], steps: int, without_clipping: bool) -> dict[str, Any] | None:
     from skv_dist.parallel.gather import full_parameters
-    from skv_dist.parallel.groups import seed_dropout
-    from skv_dist.parallel.step import count_tokens, run_batch
-    from skv_dist.routing import build_policy
-    from skv_dist.routing.draw import DrawKey
 
-    with built(settings) as (run, world), made_engine(run, world) as engine:
-        policy = build_policy(run.routing, run.model.num_layers)
-
-        def batch(step: int) -> float:
-            mine = [
-                b for b in global_batch(step, run.data.reset_attention) if b.index % world.data_size == world.data_rank
-            ]
-            plans = [policy.plan(DrawKey(run.train.seed, step, b.index)) for b in mine]
-            tokens = count_tokens(mine, world.device)
-            seed_dropout(run.train.seed, step, mine[0].index)
-            return run_batch(engine, mine, plans, tokens=tokens, train=True).item()
-
-        engine.set_lr(run.optimizer.lr)
-        losses, norms = [], []
-        for step in range(steps):
-            losses.append(batch(step))
-            norms.append(engine.step().grad_norm)
-        parameters = {name: value.numpy().copy() for name, value in full_parameters(engine, run, VOCAB)}
-        losses.append(batch(steps))
-        if without_clipping:
-            unclip(engine)
-        gradients = _capture_gradients(engine, run)
-        norms.append(float(gradients.pop("")))
+    losses, norms = [], []
+    with built(settings) as (run, world):
+        with made_engine(run, world) as engine:
+            losses.append(forward_backward(engine, run, world, steps))
+            if without_clipping:
+                unclip(engine)
+            gradients = _capture_gradients(engine, run)
+            norms.append(float(gradients.pop("")))
+        with made_engine(run, world) as engine:
+            engine.set_lr(run.optimizer.lr)
+            for step in range(steps):
+                losses.append(forward_backward(engine, run, world, step))
+                norms.append(engine.step().grad_norm)
+            parameters = {name: value.numpy().copy() for name, value in full_parameters(engine, run, VOCAB)}
         result = {"losses": losses, "norms": norms, "parameters": parameters, "gradients": gradients}
         return result if world.is_first else None
+
+
+def forward_backward(engine: Any, run: Any, world: Any, step: int) -> float:
+    """Gradients of the global batch of ``step``; its loss."""
+    from skv_dist.parallel.groups import seed_dropout
+    from skv_dist.parallel.step import count_tokens, run_batch
+    from skv_dist.routing.draw import DrawKey
+
+    mine = [b for b in global_batch(step, run.data.reset_attention) if b.index % world.data_size == world.data_rank]
+    policy = run.policy()
+    plans = [policy.plan(DrawKey(run.train.seed, step, b.index)) for b in mine]
+    seed_dropout(run.train.seed, step, mine[0].index)
+    tokens = count_tokens(mine, world.device)
+    return run_batch(engine, run, mine, plans, tokens=tokens, train=True).loss.item()
 
 
 def unclip(engine: Any) -> None:
@@ -218,7 +221,7 @@ def leave_out(settings: dict[str, Any]) -> list[bool]:
         def backward(step: int) -> None:
             mine = [b for b in global_batch(step) if b.index % world.data_size == world.data_rank]
             plans = [RoutePlan(range(run.model.num_layers))] * len(mine)
-            run_batch(engine, mine, plans, tokens=count_tokens(mine, world.device), train=True)
+            run_batch(engine, run, mine, plans, tokens=count_tokens(mine, world.device), train=True)
 
         before = values()
         backward(0)

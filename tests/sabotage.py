@@ -93,8 +93,8 @@ def micro_batch_dropped() -> Any:
 
     right = step.run_batch
 
-    def wrong(engine: Any, batches: Any, plans: Any, **rest: Any) -> Any:
-        return right(engine, batches[:-1], plans[:-1], **rest)
+    def wrong(engine: Any, run: Any, batches: Any, plans: Any, **rest: Any) -> Any:
+        return right(engine, run, batches[:-1], plans[:-1], **rest)
 
     return mock.patch.object(step, "run_batch", wrong)
 

@@ -12,6 +12,8 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     pipeline: int = Field(default=1, gt=0)
     virtual_pipeline: int = Field(default=1, gt=0)
+    first_stage_layers: int | None = Field(default=None, gt=0)
+    last_stage_layers: int | None = Field(default=None, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = 1
     zero_bucket_mb: int = Field(default=256, gt=0)
     overlap_comm: bool = False
@@ -21,9 +23,46 @@ class ParallelConfig(Section):
     def _supported(self) -> "ParallelConfig":
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel: true needs tensor > 1: set parallel.sequence_parallel=false")
-        if self.pipeline > 1 or self.virtual_pipeline > 1:
+        if self.pipeline == 1:
+            for key in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
+                if getattr(self, key) not in (None, 1):
+                    raise ValueError(
+                        f"{key} {getattr(self, key)} needs pipeline > 1: raise parallel.pipeline or leave it out"
+                    )
+        elif self.zero_stage == 3:
             raise ValueError(
-                "pipeline and virtual_pipeline above 1 are not supported yet: "
-                "set parallel.pipeline=1 and parallel.virtual_pipeline=1"
+                f"zero_stage 3 and pipeline {self.pipeline} do not work together (DeepSpeed would gather parameters "
+                "over all stages at once): set parallel.zero_stage=2 or parallel.pipeline=1"
             )
         return self
+
+    def stages(self, num_layers: int) -> tuple[range, ...]:
+        """The layers of each stage in the order of execution.
+
+        Stage i is chunk ``i // pipeline`` of pipeline rank ``i % pipeline``.
+
+        Raises:
+            ValueError: the layers cannot be cut that way; names the keys.
+        """
+        ends = {0: self.first_stage_layers, self.pipeline - 1: self.last_stage_layers}
+        given = {rank: layers for rank, layers in ends.items() if layers is not None}
+        left, others = num_layers - sum(given.values()), self.pipeline - len(given)
+        if left < others or (others and left % others) or (not others and left):
+            what = " less those of first_stage_layers and last_stage_layers" if given else ""
+            raise ValueError(
+                f"model.num_layers {num_layers}{what} cannot be split evenly over {others} of parallel.pipeline "
+                f"{self.pipeline} stages: change parallel.pipeline, or set parallel.first_stage_layers or "
+                "parallel.last_stage_layers"
+            )
+        per_rank = [given.get(rank, left // max(1, others)) for rank in range(self.pipeline)]
+        if any(layers % self.virtual_pipeline for layers in per_rank):
+            raise ValueError(
+                f"stages of {', '.join(map(str, per_rank))} layers cannot each be split evenly into "
+                f"parallel.virtual_pipeline {self.virtual_pipeline} chunks: change one of them"
+            )
+        stages, begin = [], 0
+        for _ in range(self.virtual_pipeline):
+            for layers in per_rank:
+                stages.append(range(begin, begin + layers // self.virtual_pipeline))
+                begin = stages[-1].stop
+        return tuple(stages)

@@ -18,6 +18,7 @@ class RoutingConfig(Section):
     shared_layers: int = Field(default=1, ge=0)
     keep_probs: Literal["uniform"] | list[Probability] = [1.0, 0.5, 0.25]
     kv_source_layers: list[int] | None = None
+    within_stage: bool = False
 
     @field_validator("cross_prob")
     @classmethod
@@ -34,4 +35,9 @@ class RoutingConfig(Section):
             raise ValueError("keep_probs must not be empty")
         if self.kv_source_layers is not None and self.policy != "fixed":
             raise ValueError(f"kv_source_layers is read by policy 'fixed' only, but policy is '{self.policy}'")
+        if self.within_stage and self.policy == "fixed":
+            raise ValueError(
+                "within_stage: true and policy 'fixed' do not work together: write kv_source_layers so that no source "
+                "lies in an earlier stage, and set routing.within_stage=false"
+            )
         return self

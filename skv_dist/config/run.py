@@ -11,7 +11,7 @@ from skv_dist.config.routing import RoutingConfig
 from skv_dist.config.section import Section
 from skv_dist.config.train import EvalConfig, OptimizerConfig, TrainConfig
 from skv_dist.errors import UserError
-from skv_dist.routing.policies import build_policy
+from skv_dist.routing.policies import Policy, build_policy
 
 
 class RunConfig(Section):
@@ -63,8 +63,20 @@ class RunConfig(Section):
                 f"eval.every is {self.eval.every}, but data.validation_fraction is 0 and there are no "
                 "data.validation_sources: set eval.every=0 or hold out some text"
             )
-        build_policy(self.routing, model.num_layers)  # refuses a policy that does not fit the layers
+        try:
+            self.policy()  # refuses stages and policies that do not fit the layers
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return self
+
+    @property
+    def stages(self) -> tuple[range, ...]:
+        """The layers of each pipeline stage, virtual stages included, in the order of execution."""
+        return self.parallel.stages(self.model.num_layers)
+
+    def policy(self) -> Policy:
+        """The routing policy over the layers of this model."""
+        return build_policy(self.routing, self.model.num_layers, self.stages)
 
 
 @dataclass(frozen=True)
@@ -92,9 +104,16 @@ def derive(config: RunConfig, world_size: int) -> Derived:
             f"train.global_batch_size {train.global_batch_size} is not divisible by train.micro_batch_size "
             f"{train.micro_batch_size} x {replicas} data-parallel replicas"
         )
+    micro_batches = train.global_batch_size // (train.micro_batch_size * replicas)
+    if parallel.virtual_pipeline > 1 and micro_batches % parallel.pipeline:
+        raise UserError(
+            f"parallel.virtual_pipeline {parallel.virtual_pipeline} needs the {micro_batches} micro-batches of each "
+            f"replica to be a multiple of parallel.pipeline {parallel.pipeline}: change train.global_batch_size, "
+            "train.micro_batch_size or the number of replicas"
+        )
     return Derived(
         world_size=world_size,
         data_parallel=replicas,
-        num_micro_batches=train.global_batch_size // (train.micro_batch_size * replicas),
+        num_micro_batches=micro_batches,
         tokens_per_step=train.global_batch_size * config.data.sequence_length,
     )

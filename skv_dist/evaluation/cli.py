@@ -35,7 +35,11 @@ def main(argv: list[str]) -> int:
     folder: Path = arguments.checkpoint
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a checkpoint: it has no config.yaml")
-    one_process = ["parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.zero_stage=0", "train.compile=false"]
+    one_process = [
+        "parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.zero_stage=0", "train.compile=false",
+        "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.first_stage_layers=null",
+        "parallel.last_stage_layers=null",
+    ]  # fmt: skip
     asked = [] if arguments.retention is None else [f"eval.retention={json.dumps(arguments.retention)}"]
     if arguments.samples is not None:
         asked.append(f"eval.samples={arguments.samples}")
@@ -70,7 +74,7 @@ def main(argv: list[str]) -> int:
     _, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
     losses: dict[str, float] = {}
     if validation is not None:
-        losses = sweep(engine, world, evaluation_batches(run, world, validation), plans)
+        losses = sweep(engine, run, world, evaluation_batches(run, world, validation), plans)
     elif arguments.prompt is None:
         raise UserError(f"{folder / 'config.yaml'}: data holds out no validation text: set data.validation_fraction")
     for name, plan in plans.items():

@@ -25,6 +25,8 @@ def evaluation_batches(run: RunConfig, world: World, samples: Samples) -> list[M
     """
     size, replicas = run.train.micro_batch_size, world.data_size
     rounds = -(-run.eval.samples // (size * replicas))
+    if run.parallel.virtual_pipeline > 1:  # the interleaved schedule takes a multiple of its stages
+        rounds = -(-rounds // run.parallel.pipeline) * run.parallel.pipeline
     batches = micro_batches(samples, 0, rounds, size, world.data_rank, replicas, run.data.reset_attention)
     for batch in batches:
         batch.loss_mask[max(0, run.eval.samples - batch.index * size) :] = 0
@@ -32,11 +34,11 @@ def evaluation_batches(run: RunConfig, world: World, samples: Samples) -> list[M
 
 
 def sweep(
-    engine: Engine, world: World, batches: list[MicroBatch], plans: Mapping[str, RoutePlan]
+    engine: Engine, run: RunConfig, world: World, batches: list[MicroBatch], plans: Mapping[str, RoutePlan]
 ) -> dict[str, float]:
     """Mean loss in nats per token under each plan, the same on all ranks. Collective."""
     tokens = count_tokens(batches, world.device)
     return {
-        name: run_batch(engine, batches, [plan] * len(batches), tokens=tokens, train=False).item()
+        name: run_batch(engine, run, batches, [plan] * len(batches), tokens=tokens, train=False).loss.item()
         for name, plan in plans.items()
     }

@@ -119,7 +119,9 @@ class RoutedSelfAttention(SelfAttention):
         own = KV(key, value)
         used = own if borrowed is None else borrowed
         if self.recompute_core and self.training:
-            context = tensor_parallel.checkpoint(lambda q, k, v: self._core(q, k, v, mask), False, query, used.key, used.value)
+            context = tensor_parallel.checkpoint(
+                lambda q, k, v: self._core(q, k, v, mask), False, query, used.key, used.value
+            )
         else:
             context = self._core(query, used.key, used.value, mask)
         if borrowed is not None and not read_by_others:

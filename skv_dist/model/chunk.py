@@ -20,6 +20,7 @@ from skv_dist.model.documents import document_mask
 from skv_dist.model.gradients import contiguous_gradient
 from skv_dist.model.megatron_config import layer_spec, norm_class, transformer_config, transformer_impl
 from skv_dist.model.rotary import inverse_frequencies, rotary_angles
+from skv_dist.model.wire import pack, unpack
 from skv_dist.routing import RoutePlan
 
 
@@ -59,8 +60,11 @@ class RoutedChunk(MegatronModule):
         self.has_head = self.last_layer == model.num_layers
         self.recompute_layers = run.train.recompute == "full"
         self.model_type = ModelType.encoder_or_decoder
-        self.vp_stage: int | None = None
+        self.vp_stage: int | None = None  # which of its rank's chunks this is; set where there are several
         self.tie_embeddings = model.tie_embeddings
+        # The head's weight where it is tied to an embedding on another stage (skv_dist.parallel.tied). No parameter.
+        self.tied_weight: torch.Tensor | None = None
+        self._received: torch.Tensor | None = None
 
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group, self.tp_rank, self.tp_size = groups.tp, groups.tp.rank(), groups.tp.size()
@@ -79,10 +83,9 @@ class RoutedChunk(MegatronModule):
         )
         if self.has_head:
             self.final_norm = norm_class(model)(config, model.hidden_size, model.norm_eps)
-            shared = model.tie_embeddings and self.has_embedding
             self.output_layer = ColumnParallelLinear(
                 model.hidden_size, padded, config=config, init_method=_nothing, bias=False, gather_output=False,
-                skip_weight_param_allocation=shared, tp_group=self.tp_group,
+                skip_weight_param_allocation=model.tie_embeddings, tp_group=self.tp_group,
             )  # fmt: skip
         if run.train.recompute == "selective":
             layer: Any
@@ -93,8 +96,14 @@ class RoutedChunk(MegatronModule):
         self._angles: torch.Tensor | None = None
         self._model = model
 
-    def set_input_tensor(self, _: object) -> None:
-        """Megatron's schedules announce what the stage before sent; a whole model receives nothing."""
+    def set_input_tensor(self, received: list[torch.Tensor | None]) -> None:
+        """Megatron's schedules leave here what the stage before sent; see `take_input`."""
+        (self._received,) = received
+
+    def take_input(self) -> torch.Tensor | None:
+        """What the stage before sent for the next forward, to be passed to it. Nothing is left behind."""
+        received, self._received = self._received, None
+        return received
 
     def compile_layers(self) -> None:
         """Compile each layer on its own: the graph of a step changes with every route table, a layer's does not."""
@@ -111,6 +120,8 @@ class RoutedChunk(MegatronModule):
         tokens: torch.Tensor,
         labels: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
+        received: torch.Tensor | None = None,
+        width: int | None = None,
     ) -> torch.Tensor:
         """Run the chunk under a route plan.
 
@@ -119,9 +130,13 @@ class RoutedChunk(MegatronModule):
             tokens: int64 [b, s].
             labels: int64 [b, s]; None to get logits.
             documents: int64 [b, s] where attention stops at document boundaries.
+            received: what the chunk before returned, [s/t, b, width]; None for the first.
+            width: columns to pad the result to, where a chunk follows; None: as many as it needs.
 
         Returns:
-            Loss of each token in nats, float32 [b, s]; without labels the logits, [b, s, vocab_size].
+            On the last chunk the loss of each token in nats, float32 [b, s]; without labels the logits,
+            [b, s, vocab_size]. On the others the hidden state and the K/V that later chunks read, packed
+            (`skv_dist.model.wire`): [s/t, b, width].
 
         Raises:
             UserError: the plan is for another number of layers, or names a source that is not on this chunk.
@@ -130,8 +145,20 @@ class RoutedChunk(MegatronModule):
             raise UserError(f"a route plan over {plan.num_layers} layers met a model of {self.num_layers}")
         mask = None if documents is None else document_mask(documents)
         with self._dropout_rng():
-            hidden = self._run_layers(self._embed(tokens), plan, self._rotary(tokens), mask)
+            live: dict[int, KV] = {}
+            if received is None:
+                hidden = self._embed(tokens)
+            else:
+                hidden, live = self._unpack(received, plan, tokens.shape[1])
+            hidden = self._run_layers(hidden, live, plan, self._rotary(tokens), mask)
+        if not self.has_head:
+            return pack(hidden, live, plan.live_after(self.last_layer - 1), width)
         return self._head(hidden, labels)
+
+    def _unpack(self, received: torch.Tensor, plan: RoutePlan, length: int) -> tuple[torch.Tensor, dict[int, KV]]:
+        sources = plan.live_after(self.first_layer - 1)
+        heads = max(1, self._model.num_kv_heads // self.tp_size)
+        return unpack(received, self._model.hidden_size, sources, heads, self._model.kv_channels, length)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.embedding(tokens)
@@ -152,8 +179,10 @@ class RoutedChunk(MegatronModule):
             self._angles = rotary_angles(inverse_frequencies(self._model).to(tokens.device), length)
         return self._angles[:length]
 
-    def _run_layers(self, hidden: torch.Tensor, plan: RoutePlan, rotary: torch.Tensor, mask: Any) -> torch.Tensor:
-        live: dict[int, KV] = {}
+    def _run_layers(
+        self, hidden: torch.Tensor, live: dict[int, KV], plan: RoutePlan, rotary: torch.Tensor, mask: Any
+    ) -> torch.Tensor:
+        """Run all layers; ``live`` comes with the K/V of earlier chunks and leaves with those that later ones read."""
         for number in range(self.first_layer, self.last_layer):
             source = plan.source(number)
             borrowed = None
@@ -191,7 +220,7 @@ class RoutedChunk(MegatronModule):
 
     def _head(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         hidden = self.final_norm(hidden)
-        weight = self.embedding.weight if self.tie_embeddings and self.has_embedding else None
+        weight = self.embedding.weight if self.tie_embeddings and self.has_embedding else self.tied_weight
         logits, _ = self.output_layer(hidden, weight=weight)  # [s, b, v]
         if labels is None:
             whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.tp_group)

@@ -56,7 +56,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
     model, parallel = run.model, run.parallel
     dtype = DTYPES[run.train.precision]
     on_gpu = torch.cuda.is_available()
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -65,7 +65,6 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         kv_channels=model.kv_channels,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel,
-        pipeline_model_parallel_size=parallel.pipeline,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -90,7 +89,14 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         persist_layer_norm=False,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
+        # Two stages with chunks would mix up their transfers without the overlap (RECIPE.md, trap 1); 1F1B refuses it.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        microbatch_group_size_per_vp_stage=parallel.pipeline,
     )
+    # Read by the schedules. Set behind its checks, and the pipeline's size not at all: both would renumber our layers.
+    config.virtual_pipeline_model_parallel_size = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    return config
 
 
 def layer_spec(model: ModelConfig, impl: str) -> ModuleSpec:

@@ -22,12 +22,22 @@ class Root(torch.nn.Module):
         self.chunks = torch.nn.ModuleList(chunks)
         self.on_backward: Callable[[], None] | None = None  # called when the backward of any forward begins
 
-    def forward(self, index: int, *args: Any) -> torch.Tensor:
-        out = self.chunks[index](*args)
+    def forward(self, index: int | None, *args: Any) -> torch.Tensor:
+        """Run chunk ``index``; None: return a scalar whose gradient by the embedding is the one given (`TiedHead`)."""
+        if index is None:
+            first: Any = self.chunks[0]
+            (gradient,) = args
+            out = (first.embedding.weight * gradient).sum()
+        else:
+            out = self.chunks[index](*args)
         if self.on_backward is not None and out.requires_grad:
             called = self.on_backward
             out.register_hook(lambda grad: called())
         return out
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters under their global names: ``layers.17.mlp.linear_fc1.weight``, whichever chunk holds them."""
@@ -53,7 +63,7 @@ def build_root(run: RunConfig, vocab_size: int, device: torch.device, context: A
         context: entered while modules are built (``deepspeed.zero.Init`` for ZeRO-3).
     """
     with context or contextlib.nullcontext():
-        root = Root([RoutedChunk(run, vocab_size)])
+        root = Root(list(_chunks(run, vocab_size)))
     if context is None:
         root.to(device)
     mark_parameters(root, run)
@@ -63,6 +73,15 @@ def build_root(run: RunConfig, vocab_size: int, device: torch.device, context: A
         for chunk in root.chunks:
             chunk.compile_layers()
     return root
+
+
+def _chunks(run: RunConfig, vocab_size: int) -> Iterator[RoutedChunk]:
+    stage, size = parallel_state.get_pipeline_model_parallel_rank(), run.parallel.pipeline
+    for number, layers in enumerate(run.stages[stage::size]):
+        chunk = RoutedChunk(run, vocab_size, layers.start, layers.stop)
+        if run.parallel.virtual_pipeline > 1:
+            chunk.vp_stage = number
+        yield chunk
 
 
 def mark_parameters(root: Root, run: RunConfig) -> None:

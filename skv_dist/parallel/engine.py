@@ -10,6 +10,7 @@ import torch
 
 from skv_dist.config.train import OptimizerConfig
 from skv_dist.parallel.build import Root
+from skv_dist.parallel.tied import TiedHead
 
 
 @dataclass(frozen=True)
@@ -60,26 +61,42 @@ class Engine(ABC):
 
     root: Root
     optimizer: GuardedAdamW
+    tied: TiedHead
 
     @abstractmethod
-    def forward(self, chunk: int, *args: Any) -> torch.Tensor:
-        """Run a chunk, with or without gradient."""
+    def forward(self, chunk: int | None, *args: Any) -> torch.Tensor:
+        """`Root.forward`, with or without gradient."""
 
-    @abstractmethod
     def step(self, leave_out: bool = False) -> StepOutcome:
         """Reduce, clip and update with all gradients since the last step, and clear them.
 
         Args:
             leave_out: clear the gradients without an update. Must be the same on all ranks.
         """
+        outcome = self._update(leave_out)
+        self.tied.refresh()
+        return outcome
+
+    def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        """Set parameters, fp32 masters included, from this tensor-parallel rank's parts. Collective."""
+        self._assign(values)
+        self.tied.refresh()
+
+    def add_tied_gradient(self) -> None:
+        """Add the head's gradient to that of the embedding it is tied to, where they are on different stages."""
+        gradient = self.tied.gradient()
+        if gradient is not None:
+            self.forward(None, gradient).backward()
+
+    @abstractmethod
+    def _update(self, leave_out: bool) -> StepOutcome: ...
+
+    @abstractmethod
+    def _assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None: ...
 
     @abstractmethod
     def parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """fp32 value of this tensor-parallel rank's part. Collective over data-parallel ranks."""
-
-    @abstractmethod
-    def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
-        """Set parameters, fp32 masters included, from this tensor-parallel rank's parts. Collective."""
 
     def close(self) -> None:
         """Take hooks off the parameters. Without it an engine, with its process groups, outlives its last reference."""

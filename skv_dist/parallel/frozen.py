@@ -8,6 +8,7 @@ import torch
 from skv_dist.config.run import RunConfig
 from skv_dist.parallel.build import build_root
 from skv_dist.parallel.engine import Engine, StepOutcome
+from skv_dist.parallel.tied import TiedHead
 
 
 class FrozenEngine(Engine):
@@ -17,17 +18,18 @@ class FrozenEngine(Engine):
         self.root = build_root(run, vocab_size, device)
         self.root.requires_grad_(False)
         self.root.eval()
+        self.tied = TiedHead(self.root)
 
-    def forward(self, chunk: int, *args: Any) -> torch.Tensor:
+    def forward(self, chunk: int | None, *args: Any) -> torch.Tensor:
         return self.root(chunk, *args)
 
-    def step(self, leave_out: bool = False) -> StepOutcome:
+    def _update(self, leave_out: bool) -> StepOutcome:
         raise NotImplementedError("a frozen model does not learn")
 
     def parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         return parameter.detach().float()
 
     @torch.no_grad()
-    def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    def _assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
         for parameter, value in values:
             parameter.copy_(value)

@@ -24,6 +24,7 @@ class World:
     tensor_rank: int
     data_rank: int
     data_size: int
+    stage: int
 
     @property
     def is_first(self) -> bool:
@@ -72,6 +73,7 @@ def start(parallel: ParallelConfig) -> World:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
     )
@@ -82,6 +84,7 @@ def start(parallel: ParallelConfig) -> World:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
     )
 
 
@@ -113,17 +116,19 @@ def _free_port() -> int:
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
-    """Make dropout a pure function of the position in the run, different on each tensor-parallel rank's own stream."""
-    from megatron.core import tensor_parallel
+    """Make dropout a pure function of the position in the run and of the stage.
+
+    Each tensor-parallel rank has a stream of its own beside the common one.
+    """
+    from megatron.core import parallel_state, tensor_parallel
 
     from skv_dist.routing.draw import DrawKey, words
 
-    value = words(DrawKey(seed, step, micro_batch), b"dropout", 1)[0] >> 2  # torch takes 63 bits, Megatron adds to it
+    key = DrawKey(seed, step, micro_batch, part=parallel_state.get_pipeline_model_parallel_rank())
+    value = words(key, b"dropout", 1)[0] >> 2  # torch takes 63 bits, Megatron adds to it
     if torch.cuda.is_available():
         tensor_parallel.model_parallel_cuda_manual_seed(value)
         return
-    from megatron.core import parallel_state
-
     torch.manual_seed(value)
     tracker = tensor_parallel.get_cuda_rng_tracker()
     tracker.add("model-parallel-rng", value + 2718 + parallel_state.get_tensor_model_parallel_rank())

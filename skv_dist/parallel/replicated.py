@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from skv_dist.config.run import RunConfig
 from skv_dist.parallel.build import build_root, local_initial_values
 from skv_dist.parallel.engine import Engine, StepOutcome, build_optimizer, is_valid_norm
+from skv_dist.parallel.tied import TiedHead
 
 
 class ReplicatedEngine(Engine):
@@ -46,6 +47,8 @@ class ReplicatedEngine(Engine):
             iter([(name, self._masters[parameter]) for name, parameter in named]), run.optimizer, device.type == "cuda"
         )
         counted = parallel_state.get_tensor_model_parallel_rank() == 0
+        self.tied = TiedHead(self.root)
+        self.tied.refresh()
         self._normed = [
             self._gradients[p] for p in self._parameters if counted or p.tensor_model_parallel  # type: ignore[attr-defined]
         ]
@@ -55,7 +58,7 @@ class ReplicatedEngine(Engine):
         self._gradients[parameter].add_(parameter.grad)  # type: ignore[index]
         parameter.grad = None
 
-    def forward(self, chunk: int, *args: Any) -> torch.Tensor:
+    def forward(self, chunk: int | None, *args: Any) -> torch.Tensor:
         return self.root(chunk, *args)
 
     @torch.no_grad()
@@ -66,7 +69,7 @@ class ReplicatedEngine(Engine):
             self._buffer.div_(self._data_group.size())
 
     @torch.no_grad()
-    def step(self, leave_out: bool = False) -> StepOutcome:
+    def _update(self, leave_out: bool) -> StepOutcome:
         self._reduce()
         squares = torch.stack([gradient.square().sum() for gradient in self._normed]).sum()
         dist.all_reduce(squares, group=self._model_group)
@@ -88,9 +91,7 @@ class ReplicatedEngine(Engine):
         return self._masters[parameter].detach()
 
     @torch.no_grad()
-    def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    def _assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
         for parameter, value in values:
             self._masters[parameter].copy_(value)
             parameter.copy_(value)
-
-

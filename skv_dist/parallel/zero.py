@@ -14,6 +14,7 @@ from skv_dist.config.run import RunConfig
 from skv_dist.parallel.build import build_root, local_initial_values
 from skv_dist.parallel.engine import Engine, StepOutcome, build_optimizer, is_valid_norm
 from skv_dist.parallel.groups import model_parallel_unit
+from skv_dist.parallel.tied import TiedHead
 
 
 def deepspeed_config(run: RunConfig) -> dict[str, Any]:
@@ -73,6 +74,8 @@ class ZeroEngine(Engine):
             model=self.root, optimizer=self.optimizer, config=config, mpu=model_parallel_unit(),
             dist_init_required=False,
         )
+        self.tied = TiedHead(self.root)
+        self.tied.refresh()
         # Two backwards with no forward between them would drop the gradient of the second (RECIPE.md, trap 3).
         self.root.on_backward = self._zero.clear_backward_seen_flag
 
@@ -95,7 +98,7 @@ class ZeroEngine(Engine):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # a rank within the data group
                 parameter.data.copy_(value)
 
-    def forward(self, chunk: int, *args: Any) -> torch.Tensor:
+    def forward(self, chunk: int | None, *args: Any) -> torch.Tensor:
         return self._engine(chunk, *args)
 
     def _norm(self) -> float:
@@ -105,7 +108,7 @@ class ZeroEngine(Engine):
     def _leave_out(self) -> bool:
         return self._skip or not is_valid_norm(self._norm())
 
-    def step(self, leave_out: bool = False) -> StepOutcome:
+    def _update(self, leave_out: bool) -> StepOutcome:
         self._skip = leave_out
         self._engine.step()
         norm = self._norm()
@@ -119,7 +122,7 @@ class ZeroEngine(Engine):
         return safe_get_full_fp32_param(parameter).detach()
 
     @torch.no_grad()
-    def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    def _assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
         for parameter, value in values:

@@ -18,16 +18,22 @@ class DrawKey:
     ``micro_batch`` counts over the whole global batch of a step: ``local index * data-parallel size + data-parallel
     rank`` (see `skv_dist.data.batches`). It therefore holds both the micro-batch and the data-parallel rank, and a
     run that resumes on another number of replicas draws the same tables for the same samples.
+
+    ``part`` tells apart tables that are drawn independently for one micro-batch (one a stage with
+    ``routing.within_stage``).
     """
 
     seed: int
     step: int
     micro_batch: int
+    part: int = 0
 
 
 def words(key: DrawKey, purpose: bytes, count: int) -> tuple[int, ...]:
     """``count`` independent unsigned 64-bit integers for this position."""
     message = b"skv-dist/1/" + purpose + struct.pack("<3q", key.seed, key.step, key.micro_batch)
+    if key.part:
+        message += struct.pack("<q", key.part)
     return struct.unpack(f"<{count}Q", hashlib.shake_256(message).digest(8 * count))
 
 

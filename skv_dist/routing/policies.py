@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from skv_dist.config.routing import RoutingConfig
 from skv_dist.errors import UserError
@@ -108,6 +108,21 @@ class RandomSubset(Policy):
         return map_from_cached_layers(self.num_layers, cached)
 
 
+@dataclass(frozen=True)
+class WithinStages(Policy):
+    """A policy of its own for each pipeline stage, so that no K/V crosses a boundary. **Changes the method**: sources
+    are no longer uniform over all earlier layers, and the first layer of each stage never borrows."""
+
+    parts: tuple[Policy, ...]
+
+    def table(self, key: DrawKey) -> tuple[int, ...]:
+        sources: list[int] = []
+        for number, part in enumerate(self.parts):
+            first = len(sources)
+            sources.extend(first + source for source in part.table(replace(key, part=number)))
+        return tuple(sources)
+
+
 def _groups(num_layers: int, group_size: int) -> tuple[int, ...]:
     return tuple(layer - layer % group_size for layer in range(num_layers))
 
@@ -141,10 +156,16 @@ _BUILDERS: dict[str, Callable[[RoutingConfig, int], Policy]] = {
 }
 
 
-def build_policy(config: RoutingConfig, num_layers: int) -> Policy:
+def build_policy(config: RoutingConfig, num_layers: int, stages: Sequence[range] | None = None) -> Policy:
     """The policy that the ``routing`` section asks for.
+
+    Args:
+        stages: the layers of each pipeline stage; None for one stage.
 
     Raises:
         UserError: the section does not fit the number of layers.
     """
-    return _BUILDERS[config.policy](config, num_layers)
+    build = _BUILDERS[config.policy]
+    if config.within_stage and stages is not None and len(stages) > 1:
+        return WithinStages(num_layers, tuple(build(config, len(stage)) for stage in stages))
+    return build(config, num_layers)

@@ -3,10 +3,15 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from skv_dist.config.load import dump_config, load_config
-from skv_dist.config.run import RunConfig, derive
+from skv_dist.config.run import Derived, RunConfig, derive
 from skv_dist.errors import UserError, command
+
+if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
+    from skv_dist.data.tokenizer import Tokenizer
+    from skv_dist.parallel.groups import World
 
 
 def parse(argv: list[str]) -> RunConfig:
@@ -56,6 +61,14 @@ def train(run: RunConfig) -> None:
             f"'{tokenizer.name}': raise it, or leave model.vocab_size out"
         )
 
+    from skv_dist.parallel.heartbeat import naming_lost_peers
+
+    world = groups.start(run.parallel)
+    with naming_lost_peers(run.parallel):
+        _train(run, derived, tokenizer, vocab_size, world)
+
+
+def _train(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", vocab_size: int, world: "World") -> None:
     import torch.distributed as dist
 
     from skv_dist.data.batches import open_data
@@ -66,7 +79,6 @@ def train(run: RunConfig) -> None:
     from skv_dist.training.report import start_report
     from skv_dist.training.trainer import Trainer
 
-    world = groups.start(run.parallel)
     samples, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
     engine = create_engine(run, vocab_size, world.device)
 
@@ -74,7 +86,7 @@ def train(run: RunConfig) -> None:
     callbacks: list[Callback] = []
     if run.eval.every and validation is not None:
         batches, plans = evaluation_batches(run, world, validation), retention_plans(run)
-        callbacks.append(Evaluation(lambda: sweep(engine, world, batches, plans), run.eval.every, run.train.steps))
+        callbacks.append(Evaluation(lambda: sweep(engine, run, world, batches, plans), run.eval.every, run.train.steps))
     if world.is_first:
         claim(out)
         (out / "config.yaml").write_text(dump_config(run), encoding="utf-8")

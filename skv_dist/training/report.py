@@ -6,10 +6,13 @@ import platform
 import torch
 
 from skv_dist.config.run import Derived, RunConfig
+from skv_dist.model.megatron_config import DTYPES
+from skv_dist.model.wire import kv_width
 from skv_dist.parallel.build import partitioned_shape
 from skv_dist.parallel.engine import Engine
 from skv_dist.parallel.groups import World
 from skv_dist.routing import map_from_retention
+from skv_dist.routing.wire import expected_crossings
 from skv_dist.training.schedule import warmup_steps
 
 
@@ -23,14 +26,17 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine,
     routing: str = run.routing.policy
     if routing in ("r_cla", "rd_cla"):
         routing += f" (cross_prob {run.routing.cross_prob})"
+    if run.routing.within_stage:
+        routing += ", sources from the same stage only (routing.within_stage: a change of the method)"
     caches = ", ".join(
         f"{r:.2f} -> {len(set(map_from_retention(model.num_layers, r)))} of {model.num_layers} layers"
         for r in run.eval.retention
     )
+    stages = f" x pipeline {parallel.pipeline}" if parallel.pipeline > 1 else ""
     lines = {
         "software": f"Python {platform.python_version()}, {versions}",
         "processes": f"{derived.world_size} on {device}: tensor {parallel.tensor}"
-        f"{' with sequence parallelism' if parallel.sequence_parallel else ''} x data {derived.data_parallel}, "
+        f"{' with sequence parallelism' if parallel.sequence_parallel else ''}{stages} x data {derived.data_parallel}, "
         f"ZeRO {parallel.zero_stage}, {train.precision}",
         "model": f"{model.num_layers} layers x {model.hidden_size}, vocabulary {vocab_size:,}, "
         f"{held:,} parameters on this rank",
@@ -41,5 +47,30 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine,
         f"{warmup_steps(run.optimizer, train.steps):,} steps of warm-up, then {run.optimizer.schedule}",
         "cached": caches,
         "output": train.output_dir,
+        **(pipeline_report(run, derived) if parallel.pipeline > 1 else {}),
     }
     return "\n".join(f"{name + ':':<11}{value}" for name, value in lines.items())
+
+
+def pipeline_report(run: RunConfig, derived: Derived) -> dict[str, str]:
+    """The schedule's bubble, and what is expected to cross each boundary, from the policy alone."""
+    parallel, size = run.parallel, run.data.sequence_length
+    micro_batches, chunks = derived.num_micro_batches, parallel.virtual_pipeline
+    # Narayanan et al., arXiv 2104.04473: idle over ideal time of 1F1B is (p - 1) / m, divided by the chunks per rank.
+    bubble = (parallel.pipeline - 1) / (micro_batches * chunks)
+    rows = size // (parallel.tensor if parallel.sequence_parallel else 1)
+    column = rows * run.train.micro_batch_size * DTYPES[run.train.precision].itemsize
+    hidden, each = run.model.hidden_size * column, kv_width(run) * column
+    boundaries = []
+    crossings = expected_crossings(run.policy(), run.stages, run.train.seed)
+    for stage, (mean, most) in zip(run.stages, crossings):
+        boundaries.append(
+            f"{stage.stop - 1}|{stage.stop}: {mean:.1f} (at most {most}) K/V, "
+            f"{(hidden + mean * each) / 2**20:.3g} (at most {(hidden + most * each) / 2**20:.3g}) MiB"
+        )
+    schedule = "1F1B" if chunks == 1 else f"interleaved, {chunks} chunks per rank, padded to the widest of the step"
+    layers = ", ".join(f"{stage.start}-{stage.stop - 1}" for stage in run.stages)
+    return {
+        "pipeline": f"{schedule}; layers {layers}; bubble {bubble:.1%} of the ideal time",
+        "wire": "per micro-batch, rank and direction, behind layer " + "; ".join(boundaries),
+    }

@@ -13,7 +13,6 @@ from skv_dist.data.batches import MicroBatch, Samples, micro_batches, prefetched
 from skv_dist.parallel.engine import Engine
 from skv_dist.parallel.groups import World, seed_dropout
 from skv_dist.parallel.step import count_tokens, run_batch
-from skv_dist.routing import build_policy
 from skv_dist.routing.draw import DrawKey
 from skv_dist.training.callbacks import Callback, Metrics
 from skv_dist.training.guard import Guard
@@ -45,7 +44,7 @@ class Trainer:
         self.run, self.derived, self.world, self.engine = run, derived, world, engine
         self.samples, self.callbacks = samples, callbacks
         self.step = start_step  # steps behind us
-        self.policy = build_policy(run.routing, run.model.num_layers)
+        self.policy = run.policy()
         self.guard = Guard(run.train)
         self.stopped_by: str | None = None
         peak = peak_flops(world.device)
@@ -96,7 +95,8 @@ class Trainer:
         lr = lr_at(self.step, run.train.steps, run.optimizer)
         engine.set_lr(lr)
         tokens = count_tokens(batches, device)
-        loss = run_batch(engine, batches, plans, tokens=tokens, train=True).item()
+        batch = run_batch(engine, run, batches, plans, tokens=tokens, train=True)
+        loss = batch.loss.item()
         objection = self.guard.objection(loss)
         leave_out, stop = self._agree(objection is not None, bool(asked_to_stop))
         outcome = engine.step(leave_out)
@@ -108,10 +108,18 @@ class Trainer:
         self.guard.record(self.step, loss, objection)
         if stop:
             self.stopped_by = "SIGTERM"
-        return {
+        metrics: Metrics = {
             "loss": loss, "grad_norm": outcome.grad_norm, "lr": lr, "skipped": self.guard.skipped,
             "tokens": self.step * self.derived.tokens_per_step,
         }  # fmt: skip
+        if run.parallel.pipeline > 1:
+            metrics["wire_bytes"] = self._sum(batch.wire_bytes)
+        return metrics
+
+    def _sum(self, count: int) -> int:
+        total = torch.tensor(count, dtype=torch.int64, device=self.world.device)
+        dist.all_reduce(total)
+        return int(total.item())
 
     def _agree(self, *flags: bool) -> list[bool]:
         """Each flag, true everywhere if it is true on any rank."""

@@ -74,7 +74,13 @@ def test_the_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
         ("parallel.zero_stage=4", "parallel.zero_stage"),
         ("parallel.tensor=3", "model.num_attention_heads 4 is not divisible by parallel.tensor 3"),
         ("parallel.sequence_parallel=true", "needs tensor > 1"),
-        ("parallel.pipeline=2", "not supported yet"),
+        ("parallel.pipeline=3", "model.num_layers 8 cannot be split evenly over 3 of parallel.pipeline 3 stages"),
+        ("parallel.pipeline=2 parallel.zero_stage=3", "zero_stage 3 and pipeline 2 do not work together"),
+        ("parallel.virtual_pipeline=2", "virtual_pipeline 2 needs pipeline > 1"),
+        ("parallel.first_stage_layers=2", "first_stage_layers 2 needs pipeline > 1"),
+        ("parallel.pipeline=2 parallel.virtual_pipeline=3", "parallel.virtual_pipeline 3"),
+        ("parallel.pipeline=2 parallel.first_stage_layers=3 parallel.last_stage_layers=4", "model.num_layers 8 less"),
+        ("routing.policy=fixed routing.kv_source_layers=[0,0,0,0,0,0,0,0] routing.within_stage=true", "within_stage"),
         ("model.num_kv_heads=3", "num_kv_heads 3"),
         ("data.sequence_length=100000", "max_position_embeddings"),
         ("data.validation_fraction=0", "eval.every"),
@@ -121,6 +127,9 @@ def test_processes_must_fit_the_layout() -> None:
         derive(run, 3)
     with pytest.raises(UserError, match="global_batch_size"):
         derive(run, 12)
+    run = load_config(REFERENCE, ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micro_batch_size=32"])
+    with pytest.raises(UserError, match=r"1 micro-batches of each replica to be a multiple of parallel\.pipeline 2"):
+        derive(run, 2)
 
 
 def test_the_command_prints_one_line_and_fails(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Every layout against one process that holds everything: losses, norms, parameters and every gradient."""
 
+import json
 import shutil
 from typing import Any
 
@@ -34,14 +35,19 @@ def check(found: dict[str, Any], expected: dict[str, Any], tolerance: float = TO
 _expected: dict[str, Any] = {}
 
 
-def reference(workers: Any, routing: dict[str, Any]) -> dict[str, Any]:
-    """The single-process run (ZeRO 0, no recompute)."""
-    settings = jobs.config(parallel={"zero_stage": 0})
-    settings["routing"] = routing
-    key = repr(routing)
+def one_process(workers: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The same run in a single process (ZeRO 0, no recompute, not compiled)."""
+    train = {**settings["train"], "recompute": "none", "compile": False}
+    alone = {**settings, "parallel": {"zero_stage": 0}, "train": train}
+    key = json.dumps(alone, sort_keys=True)
     if key not in _expected:
-        _expected[key] = workers(1)(jobs.train, settings)[0]
+        _expected[key] = workers(1)(jobs.train, alone)[0]
     return _expected[key]
+
+
+def compare(workers: Any, processes: int, settings: dict[str, Any]) -> None:
+    """A run spread over ``processes`` equals the same in one."""
+    check(workers(processes)(jobs.train, settings)[0], one_process(workers, settings))
 
 
 # processes, tensor, sequence_parallel
@@ -67,14 +73,12 @@ LAYOUTS = [
 def test_layout_equals_one_process(
     workers: Any, processes: int, tensor: int, sp: bool, zero: int, recompute: str, policy: str
 ) -> None:
-    routing = {"policy": policy, **({"shared_layers": 3} if policy == "suffix" else {})}
     settings = jobs.config(
         parallel={"tensor": tensor, "sequence_parallel": sp, "zero_stage": zero},
         train={"recompute": recompute, "recompute_modules": ["core_attn", "mlp"]},
+        routing={"policy": policy, "shared_layers": 3},
     )
-    settings["routing"] = routing
-    found = workers(processes)(jobs.train, settings)[0]
-    check(found, reference(workers, routing))
+    compare(workers, processes, settings)
 
 
 VARIANTS: list[dict[str, dict[str, Any]]] = [
@@ -86,11 +90,8 @@ VARIANTS: list[dict[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v)))
 @pytest.mark.parametrize("zero", [1, 3])
 def test_model_variants_equal_one_process(workers: Any, variant: dict[str, dict[str, Any]], zero: int) -> None:
-    data = {**jobs.BASE["data"], **variant.get("data", {})}
-    one = jobs.config(**{**variant, "data": data, "parallel": {"zero_stage": 0}})
     parallel = {"zero_stage": zero, "tensor": 2, "sequence_parallel": True}
-    split = jobs.config(**{**variant, "data": data, "parallel": parallel, "train": {"recompute": "full"}})
-    check(workers(2)(jobs.train, split)[0], workers(1)(jobs.train, one)[0])
+    compare(workers, 2, jobs.config(parallel=parallel, train={"recompute": "full"}, **variant))
 
 
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}], ids=str)
@@ -104,12 +105,11 @@ def test_recompute_repeats_the_dropout(workers: Any, parallel: dict[str, Any]) -
         return workers(parallel.get("tensor", 1))(jobs.train, settings)[0]
 
     expected = run("none")
-    assert expected["losses"] != reference(workers, jobs.BASE["routing"])["losses"]
+    assert expected["losses"] != one_process(workers, jobs.BASE)["losses"]
     for recompute in ("selective", "full"):
         check(run(recompute), expected, 1e-6)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_layers_equal_one_process(workers: Any) -> None:
-    settings = jobs.config(parallel={"zero_stage": 1}, train={"compile": True})
-    check(workers(1)(jobs.train, settings)[0], reference(workers, jobs.BASE["routing"]))
+    compare(workers, 1, jobs.config(parallel={"zero_stage": 1}, train={"compile": True}))

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from tests import jobs
-from tests.parallel.test_parity import TOLERANCE, check, reference
-
-ROUTED = {"policy": "r_cla"}
+from tests.parallel.test_parity import TOLERANCE, check, one_process
 
 # fault, processes, parallel section, recompute
 FAULTS: list[tuple[str, int, dict[str, Any], str]] = [
@@ -31,8 +29,7 @@ def test_fault_is_noticed(
     workers: Any, fault: str, processes: int, parallel: dict[str, Any], recompute: str
 ) -> None:
     settings = jobs.config(parallel=parallel, train={"recompute": recompute})
-    settings["routing"] = ROUTED
-    expected = reference(workers, ROUTED)
+    expected = one_process(workers, settings)
     found = workers(processes)(jobs.train, settings, 3, fault)[0]
     with pytest.raises(AssertionError):
         check(found, expected, 5 * TOLERANCE)  # above what rounding does to a right layout
@@ -70,11 +67,10 @@ def test_two_backwards_without_a_forward_between_them(workers: Any, zero: int, p
 
 def test_bf16_accumulates_in_fp32(workers: Any) -> None:
     """bf16 gradients of many micro-batches are as close to fp32's as those of the engine without DeepSpeed."""
-    expected = reference(workers, ROUTED)
+    expected = one_process(workers, jobs.BASE)
 
     def error(parallel: dict[str, Any], processes: int) -> float:
         settings = jobs.config(parallel=parallel, train={"precision": "bf16"})
-        settings["routing"] = ROUTED
         found = workers(processes)(jobs.train, settings)[0]
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=5e-3)
         np.testing.assert_allclose(found["norms"], expected["norms"], rtol=5e-2)

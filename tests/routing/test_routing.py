@@ -15,6 +15,7 @@ from skv_dist.routing import (
 )
 from skv_dist.routing.draw import DrawKey
 from skv_dist.routing.policies import at_step
+from skv_dist.routing.wire import expected_crossings, live_at_boundaries
 
 POLICIES = [
     RoutingConfig(policy="none"),
@@ -113,3 +114,26 @@ def test_liveness_equals_a_walk_through_the_layers() -> None:
             assert plan.live_after(layer) == tuple(sorted(still_read))
             assert plan.readers[layer] == plan.table.count(layer)
         assert plan.live_after(19) == ()
+
+
+def test_routes_within_stages_do_not_cross_and_are_drawn_independently() -> None:
+    stages = (range(6), range(6, 12))
+    policy = build_policy(RoutingConfig(policy="r_cla", within_stage=True), 12, stages)
+    halves = set()
+    for step in range(200):
+        table = policy.table(DrawKey(1, step, 0))
+        assert table[6] == 6
+        assert all(source >= 6 for source in table[6:])
+        halves.add(tuple(source - 6 for source in table[6:]) == table[:6])
+        assert live_at_boundaries(RoutePlan(table), stages) == ((),)
+    assert False in halves
+    free = build_policy(RoutingConfig(policy="r_cla"), 12, stages)
+    assert free == build_policy(RoutingConfig(policy="r_cla"), 12)
+
+
+def test_what_crosses_a_boundary_is_what_later_stages_read() -> None:
+    stages = (range(3), range(3, 5), range(5, 8))
+    plan = RoutePlan([0, 1, 0, 1, 4, 4, 0, 7])
+    assert live_at_boundaries(plan, stages) == ((0, 1), (0, 4))
+    (mean, most), _ = expected_crossings(build_policy(RoutingConfig(policy="r_cla", cross_prob=1.0), 8), stages, 1)
+    assert 1 < mean < most <= 3

@@ -64,6 +64,26 @@ def test_runs_repeat_bitwise_and_do_not_depend_on_the_number_of_replicas(
     assert losses(other) != losses(one)
 
 
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_a_pipeline_gives_the_run_of_one_process(workers: Any, text: Path, tmp_path: Path, virtual: int) -> None:
+    one = workers(1)(jobs.run_training, settings(text, tmp_path / "one"))[0]
+    parallel = {"pipeline": 2, "virtual_pipeline": virtual, "zero_stage": 2}
+    given = settings(text, tmp_path / "two", parallel=parallel)
+    two = workers(2)(jobs.run_training, given)[0]
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+
+    def saved(run: str) -> dict[str, np.ndarray]:
+        from safetensors.numpy import load_file
+
+        return load_file(tmp_path / run / "checkpoints" / "step_00000006" / "model-00001.safetensors")
+
+    expected, found = saved("one"), saved("two")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=1e-3 * np.abs(value).max())
+    assert all(line["wire_bytes"] > 0 for line in two)
+
+
 def test_a_run_is_not_written_over(workers: Any, text: Path, tmp_path: Path) -> None:
     workers(1)(jobs.run_training, settings(text, tmp_path / "a", train={"steps": 1}))
     before = (tmp_path / "a" / "metrics.jsonl").read_text()
