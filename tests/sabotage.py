@@ -110,6 +110,98 @@ def plan_of_the_step_before() -> Any:
     return mock.patch.object(Policy, "plan", wrong)
 
 
+def sent_tensor_emptied() -> Any:
+    """The schedule's own tensor is sent, which it empties once the send has begun."""
+    from skv_dist.parallel.communicator import WireCommunicator
+
+    right = WireCommunicator._communicate
+
+    def wrong(self: Any, *, tensor_shape: Any, **rest: Any) -> Any:
+        import torch
+
+        with mock.patch.object(torch.Tensor, "detach", lambda tensor: tensor):
+            return right(self, tensor_shape=tensor_shape, **rest)
+
+    return mock.patch.object(WireCommunicator, "_communicate", wrong)
+
+
+def backward_seen_flag_kept() -> Any:
+    from skv_dist.parallel.zero import ZeroEngine
+
+    right = ZeroEngine.__init__
+
+    def wrong(self: Any, *args: Any) -> None:
+        right(self, *args)
+        self.root.on_backward = None
+
+    return mock.patch.object(ZeroEngine, "__init__", wrong)
+
+
+def sources_swapped_on_the_wire() -> Any:
+    from skv_dist.model import chunk
+
+    right = chunk.unpack
+
+    def wrong(packed: Any, hidden_size: int, sources: Any, *rest: Any) -> Any:
+        return right(packed, hidden_size, tuple(reversed(sources)), *rest)
+
+    return mock.patch.object(chunk, "unpack", wrong)
+
+
+def received_kv_detached() -> Any:
+    from skv_dist.model import chunk
+
+    right = chunk.unpack
+
+    def wrong(*args: Any) -> Any:
+        hidden, live = right(*args)
+        return hidden, {source: type(kv)(kv.key.detach(), kv.value.detach()) for source, kv in live.items()}
+
+    return mock.patch.object(chunk, "unpack", wrong)
+
+
+def tied_gradient_left_out() -> Any:
+    from skv_dist.parallel.tied import TiedHead
+
+    right = TiedHead.gradient
+
+    def wrong(self: Any) -> None:
+        right(self)
+
+    return mock.patch.object(TiedHead, "gradient", wrong)
+
+
+def tied_weight_not_refreshed() -> Any:
+    from skv_dist.parallel.engine import Engine
+
+    return mock.patch.object(Engine, "step", lambda self, leave_out=False: self._update(leave_out))
+
+
+def chunks_without_overlap() -> Any:
+    from skv_dist.model import chunk
+
+    right = chunk.transformer_config
+
+    def wrong(run: Any) -> Any:
+        config = right(run)
+        config.overlap_p2p_comm, config.batch_p2p_comm = False, True
+        return config
+
+    return mock.patch.object(chunk, "transformer_config", wrong)
+
+
+def routes_within_two_stages() -> Any:
+    """No fault: gives one process the tables that a pipeline of two draws with routing.within_stage."""
+    from skv_dist.config.run import RunConfig
+    from skv_dist.routing import build_policy
+
+    def policy(self: Any) -> Any:
+        half = self.model.num_layers // 2
+        return build_policy(self.routing, 2 * half, (range(half), range(half, 2 * half)))
+
+    return mock.patch.object(RunConfig, "policy", policy)
+
+
 @contextlib.contextmanager
 def applied(name: str | None) -> Iterator[None]:
     with globals()[name]() if name else contextlib.nullcontext():

@@ -43,7 +43,7 @@ def test_the_others_name_the_process_that_was_killed(tmp_path: Path, victim: int
             subprocess.Popen(
                 [sys.executable, "-m", "skv_dist.training.cli", str(file)], stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE, text=True, env=environment,
-            )  # fmt: skip
+            )
         )
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
