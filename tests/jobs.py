@@ -30,16 +30,16 @@ def config(**sections: dict[str, Any]) -> dict[str, Any]:
     return {name: {**BASE.get(name, {}), **sections.get(name, {})} for name in {**BASE, **sections}}
 
 
-def global_batch(step: int, reset_attention: bool = False) -> list[Any]:
-    """The micro-batches of one step, over all replicas. Some predictions do not count, unevenly."""
+def global_batch(step: int, reset_attention: bool = False, size: int = 2) -> list[Any]:
+    """The micro-batches of one step, of ``size`` samples each. Some predictions do not count, unevenly."""
     from skv_dist.data.batches import collate
     from skv_dist.data.packing import Sample
 
     rng = np.random.default_rng(step)
     batches = []
-    for index in range(GLOBAL_BATCH // 2):
+    for index in range(GLOBAL_BATCH // size):
         samples = []
-        for _ in range(2):
+        for _ in range(size):
             tokens = rng.integers(0, VOCAB, SEQUENCE + 1)
             boundary = int(rng.integers(1, SEQUENCE))
             samples.append(Sample(tokens, (np.arange(SEQUENCE + 1) >= boundary).astype(np.int64)))
@@ -143,7 +143,8 @@ def forward_backward(engine: Any, run: Any, world: Any, step: int) -> float:
     from skv_dist.parallel.step import count_tokens, run_batch
     from skv_dist.routing.draw import DrawKey
 
-    mine = [b for b in global_batch(step, run.data.reset_attention) if b.index % world.data_size == world.data_rank]
+    batches = global_batch(step, run.data.reset_attention, run.train.micro_batch_size)
+    mine = [batch for batch in batches if batch.index % world.data_size == world.data_rank]
     policy = run.policy()
     plans = [policy.plan(DrawKey(run.train.seed, step, b.index)) for b in mine]
     seed_dropout(run.train.seed, step, mine[0].index)

@@ -1,7 +1,6 @@
 """A run of consecutive layers on one rank, with embedding and head where they belong."""
 
 import contextlib
-import warnings
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
@@ -107,8 +107,9 @@ class RoutedChunk(MegatronModule):
 
     def compile_layers(self) -> None:
         """Compile each layer on its own: the graph of a step changes with every route table, a layer's does not."""
-        # Megatron warns of a deprecated argument inside its own row-parallel linear: a graph break in every layer.
-        torch._dynamo.config.ignore_logger_methods.add(warnings.warn)
+        # Megatron warns of a deprecated argument inside its own row-parallel linear, which would cut the graph.
+        # What the function returns never changes.
+        torch.compiler.assume_constant_result(get_tensor_model_parallel_group_if_none)
         # One variant each: own or borrowed K/V, lent or not, with gradient or without.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
         for layer in self.layers.values():
