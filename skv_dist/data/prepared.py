@@ -54,7 +54,8 @@ def write_prepared(out: Path, token_documents: Iterable[np.ndarray], tokenizer: 
             tokens += len(ids) + 1
             documents += 1
         if documents == 0:
-            raise UserError("the sources hold no text: every document is empty")
+            named = ", ".join(str(source.get("path")) for source in sources)
+            raise UserError(f"data source '{named}' holds no text: every document is empty")
         builder.finalize(str(aside / "tokens.idx"))
         meta = {
             "format": 1,
