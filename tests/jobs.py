@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 VOCAB = 101  # odd on purpose: padded differently for each tensor-parallel size
+VOCAB_OF_BYTES = 259
 SEQUENCE = 16
 GLOBAL_BATCH = 8
 
@@ -63,10 +64,10 @@ def built(settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 @contextlib.contextmanager
-def made_engine(run: Any, world: Any) -> Iterator[Any]:
+def made_engine(run: Any, world: Any, vocab_size: int = VOCAB) -> Iterator[Any]:
     from skv_dist.parallel.create import create_engine
 
-    engine = create_engine(run, VOCAB, world.device)
+    engine = create_engine(run, vocab_size, world.device)
     try:
         yield engine
     finally:
@@ -79,7 +80,7 @@ def _capture_gradients(engine: Any, run: Any) -> dict[str, np.ndarray]:
     The optimizer's update is replaced by "parameter := gradient" for one step: whatever the ZeRO stage, full
     parameters then are full gradients, and no private attribute is read.
     """
-    from skv_dist.parallel.gather import full_parameters
+    from tests.gather import full_parameters
 
     optimizer = engine.optimizer
 
@@ -117,7 +118,7 @@ def train(
 
 
 def _train(settings: dict[str, Any], steps: int, without_clipping: bool) -> dict[str, Any] | None:
-    from skv_dist.parallel.gather import full_parameters
+    from tests.gather import full_parameters
 
     losses, norms = [], []
     with built(settings) as (run, world):
@@ -210,9 +211,9 @@ def run_training(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 def leave_out(settings: dict[str, Any]) -> list[bool]:
     """Per check: a step left out changes no parameter, and leaves no gradient for the next one."""
-    from skv_dist.parallel.gather import full_parameters
     from skv_dist.parallel.step import count_tokens, run_batch
     from skv_dist.routing import RoutePlan
+    from tests.gather import full_parameters
 
     with built(settings) as (run, world), made_engine(run, world) as engine:
 
@@ -313,3 +314,43 @@ def missing_source(settings: dict[str, Any]) -> str:
         except UserError as error:
             return str(error)
         return ""
+
+
+def read_and_write(settings: dict[str, Any], source: str, target: str) -> None:
+    """Load a checkpoint into this layout and write it again at once, as step 1."""
+    from pathlib import Path
+
+    from skv_dist.training.checkpoint import Saver, load
+
+    with built(settings) as (run, world), made_engine(run, world, VOCAB_OF_BYTES) as engine:
+        load(engine, run, VOCAB_OF_BYTES, Path(source), weights_only=False)
+        saver = Saver(engine, run, VOCAB_OF_BYTES, Path(target))
+        saver.save(1, {})
+        saver.close()
+
+
+def run_and_print(settings: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """As `run_training`, with what was printed."""
+    import io
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        return run_training(settings), printed.getvalue()
+
+
+def run_on_a_full_disk(settings: dict[str, Any], step: int) -> tuple[list[dict[str, Any]], str]:
+    """As `run_and_print`; writing the checkpoint of ``step`` fails once its tensors are on disk."""
+    import errno
+    from unittest import mock
+
+    from skv_dist.training.checkpoint import Saver
+
+    right = Saver._tensors
+
+    def wrong(self: Any, folder: Any, *rest: Any) -> None:
+        right(self, folder, *rest)
+        if folder.name.endswith(f"{step:08d}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with mock.patch.object(Saver, "_tensors", wrong):
+        return run_and_print(settings)

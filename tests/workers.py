@@ -79,6 +79,9 @@ class Workers:
             if not pipe.poll(JOB_TIMEOUT):
                 self._print_stacks()
                 self.close()
+                for succeeded, answer in answers:
+                    if not succeeded:  # which is why the others wait
+                        raise JobFailedError(*answer)
                 raise TimeoutError(f"rank {rank} gave no answer within {JOB_TIMEOUT} s")
             answers.append(pipe.recv())
         for succeeded, answer in answers:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from pydantic import model_validator
 
+from skv_dist.config.checkpoint import CheckpointConfig
 from skv_dist.config.data import DataConfig
 from skv_dist.config.model import ModelConfig
 from skv_dist.config.parallel import ParallelConfig
@@ -22,6 +23,7 @@ class RunConfig(Section):
     train: TrainConfig
     optimizer: OptimizerConfig
     eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "RunConfig":

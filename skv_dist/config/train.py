@@ -25,7 +25,6 @@ class TrainConfig(Section):
     spike_window: int = Field(default=100, gt=1)
     tensorboard: bool = True
     progress: bool = True
-    save_final: bool = True
 
 
 class OptimizerConfig(Section):

@@ -6,6 +6,7 @@ equal share of rows of the one, and of each half of the other.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -78,3 +79,36 @@ def join(parts: Sequence[torch.Tensor], kind: str, vocab_size: int) -> torch.Ten
         return torch.cat(list(parts), dim=0)[:vocab_size]
     halves = [part.chunk(2, dim=0) for part in parts]
     return torch.cat([half[i] for i in (0, 1) for half in halves])
+
+
+class Piece(NamedTuple):
+    """A block of a rank's part, and where it lies in the full parameter.
+
+    Attributes:
+        offsets: of its first element in the full parameter.
+        block: where it lies in the rank's part.
+    """
+
+    offsets: tuple[int, ...]
+    block: tuple[slice, ...]
+
+
+def pieces(kind: str, rank: int, size: int, local: Sequence[int], vocab_size: int) -> list[Piece]:
+    """The blocks that a rank's part of shape ``local`` consists of, without vocabulary padding."""
+    none = (0,) * len(local)
+    everything = tuple(slice(0, n) for n in local)
+    if kind == "rows":
+        return [Piece((rank * local[0], *none[1:]), everything)]
+    if kind == "columns":
+        return [Piece((0, rank * local[1], *none[2:]), everything)]
+    if kind == "halves":
+        half = local[0] // 2
+        return [
+            Piece(((which * size + rank) * half, *none[1:]), (slice(which * half, (which + 1) * half), *everything[1:]))
+            for which in (0, 1)
+        ]
+    if kind == "vocabulary":
+        begin = rank * local[0]
+        rows = max(0, min(local[0], vocab_size - begin))
+        return [Piece((begin, *none[1:]), (slice(0, rows), *everything[1:]))] if rows else []
+    return [Piece(none, everything)]

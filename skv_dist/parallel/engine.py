@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +51,9 @@ def build_optimizer(
     return GuardedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
+MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")  # what a parameter has: its fp32 weight, and Adam's moments
+
+
 def is_valid_norm(norm: float) -> bool:
     """DeepSpeed reports a bad norm as -1 in some places, as infinity in others."""
     return math.isfinite(norm) and norm >= 0
@@ -79,7 +82,8 @@ class Engine(ABC):
 
     def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
         """Set parameters, fp32 masters included, from this tensor-parallel rank's parts. Collective."""
-        self._assign(values)
+        for parameter, value in values:
+            self.write(parameter, MODEL, value)
         self.tied.refresh()
 
     def add_tied_gradient(self) -> None:
@@ -92,11 +96,40 @@ class Engine(ABC):
     def _update(self, leave_out: bool) -> StepOutcome: ...
 
     @abstractmethod
-    def _assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None: ...
+    def read(self, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
+        """fp32 value of this tensor-parallel rank's part. Collective over data-parallel ranks.
+
+        Args:
+            what: ``MODEL`` for the weight, or one of ``MOMENTS`` (after `prepare_moments`).
+        """
 
     @abstractmethod
-    def parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """fp32 value of this tensor-parallel rank's part. Collective over data-parallel ranks."""
+    def write(self, parameter: torch.nn.Parameter, what: str, value: torch.Tensor) -> None:
+        """The inverse of `read`; of a weight also the working copy. A caller refreshes `tied` behind the last one."""
+
+    @abstractmethod
+    def _masters(self) -> Sequence[torch.Tensor]:
+        """The fp32 tensors of this rank that the optimizer updates."""
+
+    def prepare_moments(self) -> None:
+        """Make Adam's state, as its first step would."""
+        for master in self._masters():
+            state = self.optimizer.state[master]
+            if not state:
+                device = master.device if self.optimizer.defaults["fused"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                for name in MOMENTS:
+                    state[name] = torch.zeros_like(master, memory_format=torch.preserve_format)
+
+    @property
+    def updates(self) -> int:
+        """Updates that Adam has made (after `prepare_moments`)."""
+        return int(self.optimizer.state[self._masters()[0]]["step"].item())
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        for master in self._masters():
+            self.optimizer.state[master]["step"].fill_(float(count))
 
     def close(self) -> None:
         """Take hooks off the parameters. Without it an engine, with its process groups, outlives its last reference."""

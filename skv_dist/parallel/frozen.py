@@ -1,6 +1,6 @@
 """A model without optimizer, for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,12 @@ class FrozenEngine(Engine):
     def _update(self, leave_out: bool) -> StepOutcome:
         raise NotImplementedError("a frozen model does not learn")
 
-    def parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+    def read(self, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
         return parameter.detach().float()
 
     @torch.no_grad()
-    def _assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
-        for parameter, value in values:
-            parameter.copy_(value)
+    def write(self, parameter: torch.nn.Parameter, what: str, value: torch.Tensor) -> None:
+        parameter.copy_(value)
+
+    def _masters(self) -> Sequence[torch.Tensor]:
+        return []

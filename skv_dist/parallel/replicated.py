@@ -4,7 +4,7 @@ DeepSpeed has no stage 0 for bf16 parameters with fp32 accumulation ("unsupporte
 backward that it did not start itself, as pipeline schedules need. Plain data parallelism is small enough to write.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
 from skv_dist.parallel.build import build_root, local_initial_values
-from skv_dist.parallel.engine import Engine, StepOutcome, build_optimizer, is_valid_norm
+from skv_dist.parallel.engine import MODEL, Engine, StepOutcome, build_optimizer, is_valid_norm
 from skv_dist.parallel.tied import TiedHead
 
 
@@ -35,17 +35,16 @@ class ReplicatedEngine(Engine):
         sizes = [p.numel() for p in self._parameters]
         views = [v.view_as(p) for v, p in zip(self._buffer.split(sizes), self._parameters)]
         self._gradients = dict(zip(self._parameters, views))
-        self._masters: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+        self._master_of: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         for parameter in self._parameters:
             if parameter.dtype == torch.float32:
                 parameter.grad = self._gradients[parameter]  # autograd adds to it in place
-                self._masters[parameter] = parameter
+                self._master_of[parameter] = parameter
             else:
-                self._masters[parameter] = torch.nn.Parameter(parameter.detach().float())
+                self._master_of[parameter] = torch.nn.Parameter(parameter.detach().float())
                 parameter.register_post_accumulate_grad_hook(self._accumulate)
-        self.optimizer = build_optimizer(
-            iter([(name, self._masters[parameter]) for name, parameter in named]), run.optimizer, device.type == "cuda"
-        )
+        masters = iter([(name, self._master_of[parameter]) for name, parameter in named])
+        self.optimizer = build_optimizer(masters, run.optimizer, device.type == "cuda")
         counted = parallel_state.get_tensor_model_parallel_rank() == 0
         self.tied = TiedHead(self.root)
         self.tied.refresh()
@@ -78,20 +77,27 @@ class ReplicatedEngine(Engine):
         if applied:
             if self._clip > 0 and norm > self._clip:
                 self._buffer.mul_(self._clip / (norm + 1e-6))
-            for parameter, master in self._masters.items():
+            for parameter, master in self._master_of.items():
                 master.grad = self._gradients[parameter]
             self.optimizer.step()
-            for parameter, master in self._masters.items():
+            for parameter, master in self._master_of.items():
                 if master is not parameter:
                     parameter.copy_(master)
         self._buffer.zero_()
         return StepOutcome(norm, applied)
 
-    def parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        return self._masters[parameter].detach()
+    def _masters(self) -> Sequence[torch.Tensor]:
+        return list(self._master_of.values())
+
+    def _held(self, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
+        master = self._master_of[parameter]
+        return master if what == MODEL else self.optimizer.state[master][what]
+
+    def read(self, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
+        return self._held(parameter, what).detach()
 
     @torch.no_grad()
-    def _assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
-        for parameter, value in values:
-            self._masters[parameter].copy_(value)
+    def write(self, parameter: torch.nn.Parameter, what: str, value: torch.Tensor) -> None:
+        self._held(parameter, what).copy_(value)
+        if what == MODEL:
             parameter.copy_(value)

@@ -4,7 +4,7 @@ DeepSpeed's defaults meant for its own loop train happily with wrong gradients u
 traps"). Each setting below that cures one says so; tests/parallel/test_sabotage.py takes the cures out one by one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
 from skv_dist.parallel.build import build_root, local_initial_values
-from skv_dist.parallel.engine import Engine, StepOutcome, build_optimizer, is_valid_norm
+from skv_dist.parallel.engine import MODEL, Engine, StepOutcome, build_optimizer, is_valid_norm
 from skv_dist.parallel.groups import model_parallel_unit
 from skv_dist.parallel.tied import TiedHead
 
@@ -116,18 +116,44 @@ class ZeroEngine(Engine):
             norm = float("inf")
         return StepOutcome(norm, not leave_out and is_valid_norm(norm))
 
-    def parameter(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
+    def _masters(self) -> Sequence[torch.Tensor]:
+        if self._stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        return [master for _, master in self._flat_groups()]
 
-        return safe_get_full_fp32_param(parameter).detach()
+    def _flat_groups(self) -> Iterator[tuple[list[torch.nn.Parameter], torch.Tensor]]:
+        """Stages 1 and 2: the parameters of each group, and this rank's part of their fp32 masters end to end."""
+        zero = self._zero
+        if hasattr(zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1, bf16, fp32 accumulation
+            return zip(zero.bf16_groups, zero.fp32_groups_flat_partition)
+        return zip(zero.bit16_groups, zero.single_partition_of_fp32_groups)
+
+    def prepare_moments(self) -> None:
+        super().prepare_moments()
+        if self._stage == 3:
+            return
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        # Lets each parameter find its piece of the moments. DeepSpeed does so once, where it may be too early.
+        for parameters, master in self._flat_groups():
+            lazy_init_hp_params_optimizer_state(parameters, master, self.optimizer.state)
+
+    def read(self, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if what == MODEL:
+            return safe_get_full_fp32_param(parameter).detach()
+        return safe_get_full_optimizer_state(parameter, what).detach()
 
     @torch.no_grad()
-    def _assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param
+    def write(self, parameter: torch.nn.Parameter, what: str, value: torch.Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        for parameter, value in values:
+        if what == MODEL:
             safe_set_full_fp32_param(parameter, value)
             self._write(iter([(parameter, value)]))
+        else:
+            safe_set_full_optimizer_state(parameter, value, what)
 
     def close(self) -> None:
         super().close()

@@ -3,7 +3,7 @@
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skv_dist.config.load import dump_config, load_config
 from skv_dist.config.run import Derived, RunConfig, derive
@@ -24,14 +24,17 @@ def parse(argv: list[str]) -> RunConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
-def claim(folder: Path) -> None:
-    """Refuse to write over an earlier run.
+def claim(folder: Path, resume: str) -> None:
+    """Make the run's folder; refuse to write over an earlier run unless this one goes on from it.
 
     Raises:
         UserError: ``folder`` holds a run, or cannot be written to.
     """
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"train.output_dir {folder} already holds a run: choose another folder or move that one away")
+    if resume == "never" and (folder / "metrics.jsonl").exists():
+        raise UserError(
+            f"train.output_dir {folder} already holds a run and checkpoint.resume is 'never': choose another folder, "
+            "move that one away or set checkpoint.resume=auto"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").touch()
@@ -74,36 +77,58 @@ def _train(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", vocab_size:
     from skv_dist.data.batches import open_data
     from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
     from skv_dist.parallel.create import create_engine
-    from skv_dist.parallel.weights import save_weights
+    from skv_dist.training import checkpoint_files as files
+    from skv_dist.training import resume
     from skv_dist.training.callbacks import Callback, Console, Evaluation, JsonLines, TensorBoard
-    from skv_dist.training.report import start_report
+    from skv_dist.training.checkpoint import Checkpoints, Saver, load, verify_everywhere
+    from skv_dist.training.report import software, start_report
     from skv_dist.training.trainer import Trainer
 
+    out, checkpoints = Path(run.train.output_dir), Path(run.train.output_dir) / "checkpoints"
     samples, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
+    if world.is_first:
+        claim(out, run.checkpoint.resume)
+        files.clean(checkpoints)
+    start = resume.choose(run, checkpoints, tokenizer.fingerprint())
     engine = create_engine(run, vocab_size, world.device)
+    trainer = Trainer(run, derived, world, engine, vocab_size, samples, [])
+    if start is not None:
+        load(engine, run, vocab_size, start, weights_only=False)
+        trainer.restore(files.read_state(start))
+    elif run.checkpoint.init_from is not None:
+        verify_everywhere(Path(run.checkpoint.init_from))
+        load(engine, run, vocab_size, Path(run.checkpoint.init_from), weights_only=True)
 
-    out = Path(run.train.output_dir)
+    def state() -> dict[str, Any]:
+        layout = run.parallel.model_dump(mode="json")
+        return {
+            **trainer.state(), "tokenizer": tokenizer.fingerprint(), "software": software(), "layout": layout,
+            "world_size": world.size,
+        }  # fmt: skip
+
+    saver = Saver(engine, run, vocab_size, checkpoints)
     callbacks: list[Callback] = []
     if run.eval.every and validation is not None:
         batches, plans = evaluation_batches(run, world, validation), retention_plans(run)
         callbacks.append(Evaluation(lambda: sweep(engine, run, world, batches, plans), run.eval.every, run.train.steps))
+    callbacks.append(Checkpoints(saver, run.checkpoint.every, state))
     if world.is_first:
-        claim(out)
         (out / "config.yaml").write_text(dump_config(run), encoding="utf-8")
+        files.truncate_metrics(out / "metrics.jsonl", trainer.step)
         print(start_report(run, derived, world, engine, vocab_size), flush=True)
+        if start is not None:
+            print(f"resumed from {start} at step {trainer.step}", flush=True)
         callbacks.append(JsonLines(out / "metrics.jsonl"))
         if run.train.tensorboard:
             callbacks.append(TensorBoard(out / "tensorboard"))
         if run.train.progress:
             callbacks.append(Console())
-
-    trainer = Trainer(run, derived, world, engine, vocab_size, samples, callbacks)
+    trainer.callbacks = callbacks
+    began = trainer.step
     trainer.fit()
-    if run.train.save_final:
-        folder = out / "checkpoints" / f"step_{trainer.step:08d}"
-        save_weights(engine, run, vocab_size, folder)
-        if world.is_first:
-            print(f"saved {folder}", flush=True)
+    if run.checkpoint.at_end and trainer.step not in (began, saver.saved_step):
+        saver.save(trainer.step, state())
+    saver.close()
     engine.close()
     if trainer.stopped_by and world.is_first:
         print(f"stopped by {trainer.stopped_by} after step {trainer.step}", flush=True)

@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections import deque
+from typing import Any
 
 from skv_dist.config.train import TrainConfig
 from skv_dist.errors import UserError
@@ -49,3 +50,11 @@ class Guard:
                 f"step {step}: {objection}; {self._in_a_row} steps in a row were skipped "
                 "(train.max_skipped_steps): lower optimizer.lr or look at the data"
             )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"accepted": list(self._accepted), "skipped": self.skipped, "in_a_row": self._in_a_row}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._accepted.extend(state["accepted"])
+        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]

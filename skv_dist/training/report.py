@@ -16,13 +16,18 @@ from skv_dist.routing.wire import expected_crossings
 from skv_dist.training.schedule import warmup_steps
 
 
+def software() -> str:
+    """Versions of what a run's results depend on."""
+    packages = ("skv-dist", "torch", "megatron-core", "deepspeed")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"Python {platform.python_version()}, {versions}"
+
+
 def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine, vocab_size: int) -> str:
     """The derived values of the run, one a line."""
     train, parallel, model = run.train, run.parallel, run.model
     held = sum(torch.Size(partitioned_shape(p)).numel() for p in engine.root.parameters())
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    packages = ("torch", "megatron-core", "deepspeed")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     routing: str = run.routing.policy
     if routing in ("r_cla", "rd_cla"):
         routing += f" (cross_prob {run.routing.cross_prob})"
@@ -34,7 +39,7 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine,
     )
     stages = f" x pipeline {parallel.pipeline}" if parallel.pipeline > 1 else ""
     lines = {
-        "software": f"Python {platform.python_version()}, {versions}",
+        "software": software(),
         "processes": f"{derived.world_size} on {device}: tensor {parallel.tensor}"
         f"{' with sequence parallelism' if parallel.sequence_parallel else ''}{stages} x data {derived.data_parallel}, "
         f"ZeRO {parallel.zero_stage}, {train.precision}",

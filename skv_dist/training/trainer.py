@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,7 @@ class Trainer:
     Args:
         engine: owns the model and the optimizer.
         samples: the training samples, in order.
-        callbacks: called in order on this rank.
-        start_step: steps that an earlier process has made.
+        callbacks: called in order on this rank; more may be added before `fit`.
     """
 
     def __init__(
@@ -39,17 +39,26 @@ class Trainer:
         vocab_size: int,
         samples: Samples,
         callbacks: Sequence[Callback],
-        start_step: int = 0,
     ) -> None:
         self.run, self.derived, self.world, self.engine = run, derived, world, engine
-        self.samples, self.callbacks = samples, callbacks
-        self.step = start_step  # steps behind us
+        self.samples, self.callbacks = samples, list(callbacks)
+        self.step = 0  # steps behind us
         self.policy = run.policy()
         self.guard = Guard(run.train)
         self.stopped_by: str | None = None
         peak = peak_flops(world.device)
         flops = flops_per_token(run.model, vocab_size, run.data.sequence_length)
         self._mfu_per_token_rate = flops / (peak * world.size) if peak else None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run beside weights and optimizer state. All else follows from the step."""
+        samples = self.step * self.run.train.global_batch_size
+        return {"step": self.step, "samples": samples, "guard": self.guard.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.step = state["step"]
+        self.guard.restore(state["guard"])
 
     def fit(self) -> None:
         """Train to the end, or until SIGTERM: then `stopped_by` says so and the step in progress is finished.

@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
 from skv_dist.model.sharding import join, kind_of
-from skv_dist.parallel.engine import Engine
+from skv_dist.parallel.engine import MODEL, Engine
 
 
 def full_parameters(engine: Engine, run: RunConfig, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -35,7 +35,7 @@ def _joined(
     engine: Engine, run: RunConfig, vocab_size: int, name: str, parameter: torch.nn.Parameter
 ) -> torch.Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
-    part = engine.parameter(parameter).contiguous()
+    part = engine.read(parameter, MODEL).contiguous()
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part, group=group)
     return join(parts, kind_of(name, run.model.gated), vocab_size)
