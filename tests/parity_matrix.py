@@ -56,6 +56,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--min-processes", type=int, default=1)
     parser.add_argument("--max-processes", type=int, default=16)
+    parser.add_argument("--skip", type=int, default=0, help="leave out the first n of these cells (run before)")
     parser.add_argument("--every", type=int, default=1, help="only every n-th of these cells")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this long")
     arguments = parser.parse_args()
@@ -65,7 +66,8 @@ def main() -> int:
     import platform
 
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "megatron-core", "deepspeed"))
-    chosen = [c for c in cells() if arguments.min_processes <= c[0] <= arguments.max_processes][:: arguments.every]
+    chosen = [c for c in cells() if arguments.min_processes <= c[0] <= arguments.max_processes]
+    chosen = chosen[arguments.skip :: arguments.every]
     pools: dict[int, Workers] = {}
 
     def workers(size: int) -> Workers:
