@@ -149,11 +149,22 @@ class ZeroEngine(Engine):
     def write(self, parameter: torch.nn.Parameter, what: str, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        if what == MODEL:
+        if self._stage == 3:
+            self._write_partition(parameter, None if what == MODEL else what, value)
+            if what == MODEL:
+                self._write(iter([(parameter, value)]))
+        elif what == MODEL:
             safe_set_full_fp32_param(parameter, value)
             self._write(iter([(parameter, value)]))
         else:
             safe_set_full_optimizer_state(parameter, value, what)
+
+    def _write_partition(self, parameter: torch.nn.Parameter, key: str | None, value: torch.Tensor) -> None:
+        """Stage 3: DeepSpeed's ``safe_set_...`` reads past the end of a value that the replicas do not divide."""
+        partition, _ = self._zero._get_fp32_opt_state_partition(parameter, False, optim_state_key=key)
+        begin = partition.numel() * self._zero._get_param_partition_rank(parameter)
+        mine = value.flatten()[begin : begin + partition.numel()]
+        partition[: mine.numel()].copy_(mine)
 
     def close(self) -> None:
         super().close()

@@ -137,6 +137,13 @@ def test_resuming_on_another_layout(
     equal(files.folder_of(tmp_path / "again", 1), halfway)
 
 
+def test_sizes_that_the_replicas_do_not_divide(workers: Any, text: Path, finished: Path, tmp_path: Path) -> None:
+    source = files.folder_of(finished / "checkpoints", END)
+    given = settings(text, tmp_path, parallel={"zero_stage": 3}, train={"global_batch_size": 6})
+    workers(3)(jobs.read_and_write, given, str(source), str(tmp_path / "again"))
+    equal(files.folder_of(tmp_path / "again", 1), source)
+
+
 @pytest.fixture(scope="module")
 def finished(workers: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two processes with checkpoints at three and six."""
