@@ -24,7 +24,6 @@ class World:
     tensor_rank: int
     data_rank: int
     data_size: int
-    stage: int
 
     @property
     def is_first(self) -> bool:
@@ -84,7 +83,6 @@ def start(parallel: ParallelConfig) -> World:
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
-        stage=parallel_state.get_pipeline_model_parallel_rank(),
     )
 
 

@@ -33,9 +33,9 @@ class WireWidths:
 
 def wire_widths(run: RunConfig, plans: Sequence[RoutePlan]) -> WireWidths:
     """Widths for one step's micro-batches."""
-    each = kv_width(run)
+    each, stages = kv_width(run), run.stages
     exact = tuple(
-        tuple(run.model.hidden_size + each * len(live) for live in live_at_boundaries(plan, run.stages))
+        tuple(run.model.hidden_size + each * len(live) for live in live_at_boundaries(plan, stages))
         for plan in plans
     )
     interleaved = run.parallel.virtual_pipeline > 1

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,36 +29,27 @@ _MEGATRON = {
 }  # fmt: skip
 
 
+_DCP = "torch.distributed.checkpoint"
+_METADATA_CLASSES = {
+    *(
+        (f"{_DCP}.metadata", name)
+        for name in (
+            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
+            "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    (f"{_DCP}.filesystem", "_StorageInfo"), ("torch", "Size"), ("torch", "float32"),
+    ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+}  # fmt: skip
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Knows the classes that DCP's ``.metadata`` is made of, and nothing else."""
 
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _OTHERS = {
-        ("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"), ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"),
-        ("pathlib._local", "PosixPath"),
-    }  # fmt: skip
-
     def find_class(self, module: str, name: str) -> Any:
-        plain = name.isidentifier()  # no way through a class to what it imports
-        if plain and (module in self._MODULES and isinstance(_attribute(module, name), type)):
-            return super().find_class(module, name)
-        if (module, name) in self._OTHERS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of the format")
-
-
-def _attribute(module: str, name: str) -> Any:
-    import importlib
-
-    return getattr(importlib.import_module(module), name, None)
-
-
-def _read_metadata(stream: IO[bytes]) -> Metadata:
-    found = _MetadataUnpickler(stream).load()
-    if not isinstance(found, Metadata):
-        raise pickle.UnpicklingError("it is not the metadata of a checkpoint")
-    return found
+        if (module, name) not in _METADATA_CLASSES:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of the format")
+        return super().find_class(module, name)
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -68,7 +59,9 @@ class SafeReader(dcp.FileSystemReader):
         file = Path(self.path) / ".metadata"
         try:
             with file.open("rb") as stream:
-                metadata = _read_metadata(stream)
+                metadata = _MetadataUnpickler(stream).load()
+            if not isinstance(metadata, Metadata):
+                raise pickle.UnpicklingError("it is not the metadata of a checkpoint")
         except Exception as error:  # damaged pickles raise almost anything
             raise UserError(f"checkpoint {self.path} is damaged: .metadata cannot be read ({error})") from error
         if metadata.storage_meta is not None:
@@ -117,8 +110,7 @@ def load(engine: Engine, run: RunConfig, vocab_size: int, folder: Path, *, weigh
     except UserError as problem:
         error = str(problem)
     except Exception as problem:  # DCP wraps what it meets in classes of its own
-        reason = str(problem.__cause__ or problem).strip().splitlines()
-        error = f"checkpoint {folder} does not fit this model, or is damaged: {reason[-1] if reason else problem!r}"
+        error = f"checkpoint {folder} does not fit this model, or is damaged: {_reason(problem)}"
     agreed = _agree(error, None)
     if agreed is not None:
         raise UserError(agreed)
