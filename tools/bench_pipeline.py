@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each run, taking turns (default: 15)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     runs = {name: load_config(arguments.config, [*arguments.overrides, *keys]) for name, keys in VARIANTS.items()}
     first = runs["dense"]
     if first.parallel.pipeline < 2:

@@ -1,18 +1,14 @@
 """A process that is killed in the middle of a run: the others end soon, and say which one it was."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests import jobs
+from tests.training.runs import start
 
 TIMEOUT_MINUTES = 1.0
 
@@ -29,22 +25,7 @@ def test_the_others_name_the_process_that_was_killed(tmp_path: Path, victim: int
         train={"steps": 100000, "output_dir": str(tmp_path / "run"), "progress": False, "tensorboard": False},
         eval={"every": 0},
     )  # fmt: skip
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(given))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(4):
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        environment.update({name: str(value) for name, value in places.items()})
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "skv_dist.training.cli", str(file)], stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE, text=True, env=environment,
-            )
-        )
+    processes = start(tmp_path / "run.yaml", given, 4)
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"
         deadline = time.monotonic() + 240
@@ -54,7 +35,7 @@ def test_the_others_name_the_process_that_was_killed(tmp_path: Path, victim: int
             time.sleep(0.2)
         processes[victim].send_signal(signal.SIGKILL)
         for rank, process in enumerate(processes):
-            _, printed = process.communicate(timeout=60 * TIMEOUT_MINUTES + 30)
+            printed, _ = process.communicate(timeout=60 * TIMEOUT_MINUTES + 30)
             if rank != victim:
                 assert process.returncode == 2, printed
                 stage, replica = divmod(victim, 2)
