@@ -94,6 +94,8 @@ def naming_lost_peers(parallel: ParallelConfig) -> Iterator[None]:
         lost = heartbeat.lost()
         if not lost:
             raise
+        if dist.get_rank() == 0:
+            time.sleep(2 * _STILL_SECONDS)  # the store may be ours, and others have yet to look into it
         places = ", ".join(place_of(rank, parallel, dist.get_world_size()) for rank in lost)
         raise UserError(
             f"rank {dist.get_rank()} ends: contact was lost with {places}; look at its output and start the run again"
