@@ -5,6 +5,7 @@ import platform
 
 import torch
 
+from skv_dist import __version__
 from skv_dist.config.run import Derived, RunConfig
 from skv_dist.model.megatron_config import DTYPES
 from skv_dist.model.wire import kv_width
@@ -18,9 +19,9 @@ from skv_dist.training.schedule import warmup_steps
 
 def software() -> str:
     """Versions of what a run's results depend on."""
-    packages = ("skv-dist", "torch", "megatron-core", "deepspeed")
+    packages = ("torch", "megatron-core", "deepspeed")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return f"Python {platform.python_version()}, {versions}"
+    return f"Python {platform.python_version()}, skv-dist {__version__}, {versions}"
 
 
 def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine, vocab_size: int) -> str:
