@@ -24,6 +24,8 @@ def command(main: Callable[[list[str]], int]) -> Callable[[], int]:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
         # DeepSpeed calls collectives by names that torch has deprecated.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        # Checkpoint tools read and write in one process on purpose.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         try:
             return main(sys.argv[1:])
         except UserError as error:

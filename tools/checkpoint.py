@@ -3,12 +3,13 @@
 import argparse
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
 from skv_dist.errors import UserError, command
 from skv_dist.training import checkpoint_files as files
+
+from .folders import new_folder
 
 _FILE_BYTES = 4 * 2**30
 
@@ -56,8 +57,6 @@ def _export(folder: Path, out: Path) -> None:
 
     from skv_dist.training.checkpoint import read_tensors, tensor_shapes
 
-    if out.exists():
-        raise UserError(f"{out} exists already: remove it or choose another folder")
     files.verify(folder)
     shapes = {name: shape for name, shape in tensor_shapes(folder).items() if name.startswith("model.")}
     shards: list[list[str]] = [[]]
@@ -68,11 +67,8 @@ def _export(folder: Path, out: Path) -> None:
             held = 0
         shards[-1].append(name)
         held += 4 * math.prod(shape)
-    aside = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
     places = {}
-    try:
-        aside.mkdir(parents=True)
+    with new_folder(out) as aside:
         for number, names in enumerate(shards):
             file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
             tensors = {name.removeprefix("model."): value for name, value in read_tensors(folder, names).items()}
@@ -81,11 +77,6 @@ def _export(folder: Path, out: Path) -> None:
         index = {"metadata": {"total_size": sum(4 * math.prod(s) for s in shapes.values())}, "weight_map": places}
         (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
         shutil.copy(folder / files.CONFIG, aside / files.CONFIG)
-        os.replace(aside, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     print(f"{out}: {len(places)} tensors in {len(shards)} files")
 
 

@@ -4,7 +4,6 @@ import argparse
 import json
 from pathlib import Path
 
-from skv_dist.config.load import load_config
 from skv_dist.errors import UserError, command
 
 
@@ -33,18 +32,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     folder: Path = arguments.checkpoint
-    from skv_dist.training.checkpoint_files import CONFIG, read_manifest, read_state
-
-    read_manifest(folder)
-    one_process = [
-        "parallel.tensor=1", "parallel.sequence_parallel=false", "parallel.zero_stage=0", "train.compile=false",
-        "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.first_stage_layers=null",
-        "parallel.last_stage_layers=null",
-    ]  # fmt: skip
     asked = [] if arguments.retention is None else [f"eval.retention={json.dumps(arguments.retention)}"]
     if arguments.samples is not None:
         asked.append(f"eval.samples={arguments.samples}")
-    run = load_config(folder / CONFIG, [*one_process, *asked, *arguments.overrides])
+    from skv_dist.evaluation.checkpoint import config_of, frozen_model
+
+    run = config_of(folder, [*asked, *arguments.overrides])
     if arguments.new_tokens < 1 or arguments.temperature < 0:
         raise UserError("--new-tokens must be at least 1 and --temperature at least 0")
 
@@ -59,20 +52,15 @@ def main(argv: list[str]) -> int:
     from skv_dist.data.tokenizer import load_tokenizer
     from skv_dist.evaluation.sample import sample_text
     from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
-    from skv_dist.parallel.frozen import FrozenEngine
     from skv_dist.routing import RoutePlan, map_from_cached_layers
-    from skv_dist.training.checkpoint import load, verify_everywhere
 
     plans = retention_plans(run)
     for layers in arguments.cached_layers:
         table = map_from_cached_layers(run.model.num_layers, layers)
         plans[f"loss@layers {','.join(map(str, sorted(set(layers))))}"] = RoutePlan(table)
-    vocab_size = int(read_state(folder)["vocab_size"])
     tokenizer = load_tokenizer(run.data.tokenizer)
     world = groups.start(run.parallel)
-    engine = FrozenEngine(run, vocab_size, world.device)
-    verify_everywhere(folder)
-    load(engine, run, vocab_size, folder, weights_only=True)
+    engine = frozen_model(run, folder, world)
     _, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
     losses: dict[str, float] = {}
     if validation is not None:

@@ -1,6 +1,5 @@
 """Saving while training goes on, and reading back into any layout."""
 
-import json
 import pickle
 import shutil
 import time
@@ -21,13 +20,6 @@ from skv_dist.parallel.engine import MODEL, MOMENTS, Engine
 from skv_dist.parallel.shards import Shards, empty_shards, restore, snapshot
 from skv_dist.training import checkpoint_files as files
 from skv_dist.training.callbacks import Callback, Metrics
-
-# What megatron.core.dist_checkpointing looks for in a folder of this format.
-_MEGATRON = {
-    "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
-    "common_backend_version": 1,
-}  # fmt: skip
-
 
 _DCP = "torch.distributed.checkpoint"
 _METADATA_CLASSES = {
@@ -183,9 +175,8 @@ class Saver:
             aside = files.aside_of(folder)
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            files.write_synced(aside / files.STATE, json.dumps(state, indent=1) + "\n")
+            files.write_state(aside, state)
             files.write_synced(aside / files.CONFIG, dump_config(self._run))
-            files.write_synced(aside / "metadata.json", json.dumps(_MEGATRON) + "\n")
 
     def _tensors(self, folder: Path, shards: dict[str, Shards], _: Any) -> None:
         writer = dcp.FileSystemWriter(files.aside_of(folder), sync_files=True)

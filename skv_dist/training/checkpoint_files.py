@@ -25,6 +25,11 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
 LATEST = "latest"
+# What megatron.core.dist_checkpointing looks for in a folder of this format.
+_MEGATRON = {
+    "sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+    "common_backend_version": 1,
+}  # fmt: skip
 _NAME = re.compile(r"step_(\d{8})")
 _ASIDE, _DELETED = ".writing", ".deleting"
 
@@ -82,11 +87,22 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """What a checkpoint holds beside its tensors, and the mark of the format."""
+    write_synced(folder / STATE, json.dumps(state, indent=1) + "\n")
+    write_synced(folder / "metadata.json", json.dumps(_MEGATRON) + "\n")
+
+
+def seal(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, the last file of a checkpoint."""
+    write_synced(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    _sync_folder(folder)
+
+
 def publish(folder: Path, manifest: dict[str, Any]) -> None:
     """Make what lies aside for ``folder`` visible: manifest, rename, ``latest`` last."""
     aside = aside_of(folder)
-    write_synced(aside / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    _sync_folder(aside)
+    seal(aside, manifest)
     if folder.exists():  # a damaged one of the same step, passed over at resume
         _delete(folder)
     os.rename(aside, folder)
