@@ -1,9 +1,11 @@
 """Shared fixtures."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.training.runs import write_text
 from tests.workers import Workers
 
 
@@ -22,3 +24,11 @@ def workers() -> Iterator[Callable[[int], Workers]]:
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of text to train on."""
+    folder = tmp_path_factory.mktemp("text")
+    write_text(folder)
+    return folder

@@ -50,33 +50,36 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer saved in a folder or named on the hub, through ``transformers.AutoTokenizer``."""
+    """A tokenizer saved in a folder or named on the hub, through ``transformers.AutoTokenizer`` (``stock``)."""
 
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            self.stock = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # transformers raises a different class for each way this can fail
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"data.tokenizer '{name}' cannot be loaded: {reason}") from error
-        if self._tokenizer.eos_token_id is None:
+        if self.stock.eos_token_id is None:
             raise UserError(f"data.tokenizer '{name}' has no end-of-sequence token, which ends each document")
         self.name = name
-        self.vocab_size = len(self._tokenizer)
-        self.end_of_document = int(self._tokenizer.eos_token_id)
+        self.vocab_size = len(self.stock)
+        self.end_of_document = int(self.stock.eos_token_id)
 
     def encode(self, text: str) -> np.ndarray:
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.stock(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(ids, dtype=np.int64)
 
     def decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self.stock.decode(ids, skip_special_tokens=True))
 
     def fingerprint(self) -> str:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        content = backend.to_str() if backend is not None else repr(sorted(self._tokenizer.get_vocab().items()))
+        backend = getattr(self.stock, "backend_tokenizer", None)
+        content = backend.to_str() if backend is not None else repr(sorted(self.stock.get_vocab().items()))
         return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -91,5 +94,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         folder = Path(name).expanduser()
         if not folder.is_dir():
             raise UserError(f"data.tokenizer '{name}' is not a folder")
+        if not any((folder / file).exists() for file in _FILES):  # transformers would make an empty tokenizer up
+            raise UserError(f"data.tokenizer '{name}' holds no tokenizer: none of {', '.join(_FILES)} is there")
         return HuggingFaceTokenizer(str(folder))
     return HuggingFaceTokenizer(name)

@@ -1,0 +1,247 @@
+"""`skv-convert`: both directions, what is exported in transformers and ONNX Runtime, and bad input."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from skv_tools.convert.cli import main
+
+from tests import jobs
+from tests.tools.hf_models import LAYERS, make, save
+from tests.training.runs import settings
+
+MAPS = {
+    "uniform": [0, 0, 2, 2, 4, 4, 6, 6],
+    "irregular": [0, 0, 2, 3, 3, 3, 3, 3],
+    "arbitrary": [0, 1, 0, 1, 4, 4, 4, 1],
+}
+Call = Callable[..., int]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Call:
+    def convert(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["skv-convert", *map(str, arguments)])
+        return main()
+
+    return convert
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 with bytes for tokens, converted to ours."""
+    from skv_tools.convert.from_hf import from_hf
+
+    folder = tmp_path_factory.mktemp("qwen3")
+    from_hf(save(make("qwen3"), folder / "hf"), folder / "ours", "byte")
+    return folder / "ours"
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "shard"),
+    [("llama", False, "20KB"), ("llama", True, "1GB"), ("qwen3", False, "1GB"), ("qwen3", True, "20KB"),
+     ("mistral", False, "20KB"), ("mistral", True, "1GB")],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_and_back_is_bitwise(
+    call: Call, tmp_path: Path, kind: str, tied: bool, shard: str, dtype: torch.dtype
+) -> None:
+    model = make(kind, tied, scaled=kind == "llama").to(dtype)
+    save(model, tmp_path / "hf", shard)
+    assert call("from-hf", tmp_path / "hf", tmp_path / "ours", "--tokenizer", "byte") == 0
+    gigabytes = 20e3 / 2**30 if shard == "20KB" else 1
+    asked = ("--full", "--architecture", kind, "--shard-gb", gigabytes, "--no-verify")
+    assert call("to-hf", tmp_path / "ours", tmp_path / "back", *asked) == 0
+    before, after = weights_of(tmp_path / "hf"), weights_of(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and after[name].dtype == dtype for name in before)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1 or shard == "1GB"
+
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        loaded = [type(model).from_pretrained(tmp_path / name, dtype=dtype).eval() for name in ("hf", "back")]
+        assert torch.equal(loaded[0](tokens).logits, loaded[1](tokens).logits)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_a_trained_model_is_exported_from_any_layout(
+    call: Call, workers: Any, text: Path, tmp_path: Path, tensor: int, pipeline: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained on, from a Hugging Face folder; the export is compared with the checkpoint by `to-hf` itself."""
+    save(make("llama", scaled=True), tmp_path / "hf")
+    assert call("from-hf", tmp_path / "hf", tmp_path / "ours", "--tokenizer", "byte") == 0
+    import yaml
+
+    section = yaml.safe_load((tmp_path / "ours" / "model.yaml").read_text())["model"]
+    given = settings(
+        text, tmp_path / "run", train={"steps": 2}, eval={"every": 2}, checkpoint={"init_from": str(tmp_path / "ours")},
+        parallel={"tensor": tensor, "pipeline": pipeline, "zero_stage": 1},
+    )  # fmt: skip
+    workers(tensor * pipeline)(jobs.run_training, {**given, "model": section})
+    trained = tmp_path / "run" / "checkpoints" / "step_00000002"
+    assert call("to-hf", trained, tmp_path / "out", "--retention", 0.5) == 0
+    assert "| transformers | 4 of 8 |" in capsys.readouterr().out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| 1.00 | 0.50 |" in card
+    exported, start = weights_of(tmp_path / "out"), weights_of(tmp_path / "hf")
+    assert not torch.equal(exported["lm_head.weight"], start["lm_head.weight"])
+    kept = {name for name in start if not (("k_proj" in name or "v_proj" in name) and int(name.split(".")[2]) % 2)}
+    assert exported.keys() == kept
+
+
+@pytest.mark.parametrize("engine", ["transformers", "onnx"])
+@pytest.mark.parametrize("name", MAPS)
+def test_the_exported_model_is_the_checkpoint_under_its_map(
+    call: Call, checkpoint: Path, tmp_path: Path, engine: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if engine == "onnx" and importlib.util.find_spec("onnxruntime_genai") is None:
+        pytest.skip("onnxruntime-genai has no wheel for this platform")
+    out = tmp_path / "out"
+    assert call("to-hf", checkpoint, out, "--kv-source-layers", *MAPS[name], "--no-verify") == 0
+    assert call("verify", checkpoint, out, "--engine", engine) == 0
+    assert f"{len(set(MAPS[name]))} of {LAYERS}" in capsys.readouterr().out
+
+    config = json.loads((out / "config.json").read_text())
+    wrong = list(config["kv_source_layers"])
+    wrong[-1] = sorted(set(wrong))[0] if wrong[-1] else sorted(set(wrong))[-1]
+    (out / "config.json").write_text(json.dumps({**config, "kv_source_layers": wrong}))
+    # The runner is told another map than the one the reference gets.
+    from skv_tools.convert import verify as verification
+
+    tokens = verification._tokens(out, verification.TEXT, 32)
+    right = verification._reference(checkpoint, tokens, {tuple(MAPS[name])}, torch.float32)[tuple(MAPS[name])]
+    import numpy as np
+
+    np.save(tmp_path / "tokens.npy", tokens)
+    found = verification._run(engine, sys.executable, out, tmp_path / "tokens.npy", tmp_path / "found.npz")
+    assert verification._apart(found["prefill"], right) > 0.1
+
+
+def test_loading_generating_and_an_adaptive_folder(call: Call, checkpoint: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
+
+    out = tmp_path / "adaptive"
+    assert call("to-hf", checkpoint, out, "--adaptive") == 0
+
+    def load(**given: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, **given).eval()
+
+    def held(cache: Any) -> int:
+        tensors = [getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values")]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("naïve 1+1", add_special_tokens=True)["input_ids"] == [b + 3 for b in "naïve 1+1".encode()]
+    assert tokenizer.decode(tokenizer("naïve 1+1")["input_ids"]) == "naïve 1+1"
+    tokens = torch.tensor([tokenizer("one layer reads")["input_ids"]] * 2)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    sizes = {}
+    choices: dict[str, Any] = {"all": {}, "half": {"kv_retention": 0.5}}
+    choices["map"] = {"kv_source_layers": MAPS["arbitrary"]}
+    for name, given in choices.items():
+        model = load(**given)
+        cache, static = DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=64)
+        with torch.no_grad():
+            whole = model(tokens).logits
+            for kind in (cache, static):
+                steps = [model(tokens[:, i : i + 1], past_key_values=kind).logits for i in range(tokens.shape[1])]
+                torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
+            sizes[name] = held(cache), held(static)
+            greedy = model.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False)
+            fixed = model.generate(
+                tokens, attention_mask=mask, max_new_tokens=8, do_sample=False, cache_implementation="static"
+            )
+            alone = model.generate(tokens[:1, 4:], max_new_tokens=8, do_sample=False)
+            assert torch.equal(greedy, fixed)
+            assert torch.equal(greedy[0, 4:], alone[0])  # padding on the left changes nothing
+            for more in ({"num_beams": 3}, {"do_sample": True, "top_k": 5}):
+                assert model.generate(tokens, attention_mask=mask, max_new_tokens=8, **more).shape == greedy.shape
+    assert sizes["half"] == tuple(size / 2 for size in sizes["all"])
+    assert sizes["map"] == tuple(size * 3 / 8 for size in sizes["all"])
+
+    model = load(kv_retention=0.5)
+    model.save_pretrained(tmp_path / "half")  # without the K/V that half of the layers do not need
+    with pytest.raises(ValueError, match="layer 1 cannot own a cache"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "half", trust_remote_code=True, kv_retention=1.0)
+    with pytest.raises(ValueError, match="not one of"):
+        load(kv_source_layers=[0, 2, 2, 3, 4, 5, 6, 7])
+
+
+def test_what_cannot_be_exported_is_refused_in_one_line(
+    call: Call, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = {
+        ("--kv-source-layers", 0, 2, 2, 3, 4, 5, 6, 7): "kv_source_layers[1] is 2",
+        ("--kv-source-layers", 0, 0, 1, 3, 4, 5, 6, 7): "layer 1 keeps no cache of its own",
+        ("--kv-source-layers", 0, 0): "2 entries for a model of 8 layers",
+        ("--cached-layers", 1, 2): "must contain layer 0",
+        ("--retention", 0): "must lie in (0, 1]",
+        ("--full", "--architecture", "llama"): "can be qwen3",
+        ("--tokens", 1): "--tokens must be at least 2",
+    }
+    for asked, message in cases.items():
+        assert call("to-hf", checkpoint, tmp_path / "out", *asked) == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())  # nothing half written
+    assert call("to-hf", tmp_path / "none", tmp_path / "out") == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type is 'gemma'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'yarn'"),
+        ({"sliding_window": 16, "use_sliding_window": True}, "sliding_window is 16"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"intermediate_size": 64}, "is [48, 32], but config.json makes it [64, 32]"),
+        ({"num_hidden_layers": 9}, "has no tensor model.layers.8"),
+        ({"num_hidden_layers": 7}, "model.layers.7"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused_by_field(
+    call: Call, tmp_path: Path, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(make("qwen3"), tmp_path / "hf")
+    config = {**json.loads((source / "config.json").read_text()), **change}
+    config = {key: value for key, value in config.items() if value is not None or key not in change}
+    (source / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert call("from-hf", source, tmp_path / "ours", "--tokenizer", "byte") == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_damaged_folders_are_named(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(make("llama"), tmp_path / "hf", "20KB")
+    _, two, *_ = sorted(source.glob("*.safetensors"))
+    two.write_bytes(b"\xff" * 100)
+    assert call("from-hf", source, tmp_path / "ours", "--tokenizer", "byte") == 2
+    assert f"{two}: it cannot be read" in capsys.readouterr().err
+    two.unlink()
+    assert call("from-hf", source, tmp_path / "ours", "--tokenizer", "byte") == 2
+    assert f"{two}: it is missing" in capsys.readouterr().err
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    assert call("from-hf", source, tmp_path / "ours", "--tokenizer", "byte") == 2
+    assert "only safetensors are read" in capsys.readouterr().err
+    source = save(make("llama"), tmp_path / "whole")
+    assert call("from-hf", source, tmp_path / "ours") == 2
+    assert "holds no tokenizer" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "whole"}

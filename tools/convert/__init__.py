@@ -1,0 +1,1 @@
+"""``skv-convert``: Hugging Face folders to checkpoints and back."""

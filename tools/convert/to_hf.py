@@ -1,0 +1,132 @@
+"""A checkpoint of any layout to a folder that inference engines load."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from skv_dist.config.load import load_config
+from skv_dist.config.model import ModelConfig
+from skv_dist.errors import UserError
+from skv_dist.training import checkpoint_files as files
+from skv_dist.training.checkpoint import read_tensors, tensor_shapes
+
+from .. import engines
+from .hf_config import check_exportable, hf_config, shared_fields, stock_architecture, stock_fields
+from .hf_folder import INDEX, SINGLE
+from .names import Entry, entries, is_left_out, shapes, split
+from .tokenizer import save_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ENGINES = Path(engines.__file__).parent
+CODE = ("modeling_skv.py", "mlx_skv.py")  # what travels with a shared model
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is asked for.
+
+    Attributes:
+        sources: ``kv_source_layers``; what an adaptive folder does unless told otherwise at load.
+        adaptive: keep the K/V weights of all layers.
+        architecture: whose layers a model that shares nothing is said to have; None chooses.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None: what the run computed in.
+        shard_bytes: a file of weights is no larger, unless one tensor is.
+    """
+
+    sources: tuple[int, ...]
+    adaptive: bool = False
+    architecture: str | None = None
+    dtype: str | None = None
+    shard_bytes: int = 2 * 2**30
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether stock Llama, Qwen3 or Mistral code runs it."""
+        return not self.adaptive and all(source == layer for layer, source in enumerate(self.sources))
+
+
+def write_folder(checkpoint: Path, aside: Path, export: Export) -> None:
+    """Write the whole export but its model card into the folder ``aside``. One file of weights is in memory at a time.
+
+    Raises:
+        UserError: the checkpoint is damaged, or cannot be expressed.
+    """
+    files.verify(checkpoint)
+    run = load_config(checkpoint / files.CONFIG)
+    state = files.read_state(checkpoint)
+    model, vocab_size = run.model, int(state["vocab_size"])
+    check_exportable(model)
+    dtype = export.dtype or {"bf16": "bfloat16", "fp32": "float32"}[run.train.precision]
+    special = save_tokenizer(run.data.tokenizer, aside)
+    fields = hf_config(model, vocab_size, dtype, special)
+    owners = None if export.is_stock or export.adaptive else sorted(set(export.sources))
+    if export.is_stock:
+        fields.update(stock_fields(stock_architecture(model, export.architecture)))
+    else:
+        kept = owners if owners is not None else list(range(model.num_layers))
+        fields.update(shared_fields(model, export.sources, kept))
+        for name in CODE:
+            shutil.copy(ENGINES / name, aside / name)
+    (aside / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    generation = {key: value for key, value in special.items() if value is not None}
+    (aside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    present = tensor_shapes(checkpoint)
+    for entry in entries(model):
+        if f"model.{entry.ours}" not in present:
+            raise UserError(f"checkpoint {checkpoint} has no tensor model.{entry.ours}")
+    write_weights(aside, model, vocab_size, owners, export, dtype, lambda entry: _read(checkpoint, entry, model))
+
+
+def _read(checkpoint: Path, entry: Entry, model: ModelConfig) -> Sequence[torch.Tensor]:
+    name = f"model.{entry.ours}"
+    return split(entry, read_tensors(checkpoint, [name])[name], model)
+
+
+def write_weights(
+    out: Path, model: ModelConfig, vocab_size: int, owners: Sequence[int] | None, export: Export, dtype: str, read: Any
+) -> None:
+    """Safetensors of all tensors, those of `is_left_out` excepted.
+
+    Args:
+        read: from an `Entry` to its tensors in the order of ``entry.theirs``.
+    """
+    size = DTYPES[dtype].itemsize
+    shards: list[list[Entry]] = [[]]
+    held = total = 0
+    for entry in entries(model):
+        more = sum(count * size for _, count in _kept(entry, model, vocab_size, owners))
+        if shards[-1] and held + more > export.shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(entry)
+        held, total = held + more, total + more
+    places = {}
+    for number, part in enumerate(shards):
+        file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for entry in part:
+            kept = {name for name, _ in _kept(entry, model, vocab_size, owners)}
+            for name, tensor in zip(entry.theirs, read(entry) if kept else ()):
+                if name in kept:
+                    # A clone: a slice would keep its fused whole in memory.
+                    tensors[name] = tensor.to(DTYPES[dtype], copy=True).contiguous()
+        save_file(tensors, out / file, metadata={"format": "pt"})
+        places.update(dict.fromkeys(tensors, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _kept(
+    entry: Entry, model: ModelConfig, vocab_size: int, owners: Sequence[int] | None
+) -> Iterator[tuple[str, int]]:
+    """Names and numbers of elements of what an entry contributes."""
+    for name, shape in zip(entry.theirs, shapes(entry, model, vocab_size)):
+        if not is_left_out(name, owners):
+            yield name, torch.Size(shape).numel()
