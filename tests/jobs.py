@@ -132,7 +132,7 @@ def _train(settings: dict[str, Any], steps: int, without_clipping: bool) -> dict
             engine.set_lr(run.optimizer.lr)
             for step in range(steps):
                 losses.append(forward_backward(engine, run, world, step))
-                norms.append(engine.step().grad_norm)
+                norms.append(float(engine.step().grad_norm))
             parameters = {name: value.numpy().copy() for name, value in full_parameters(engine, run, VOCAB)}
         result = {"losses": losses, "norms": norms, "parameters": parameters, "gradients": gradients}
         return result if world.is_first else None
@@ -149,7 +149,7 @@ def forward_backward(engine: Any, run: Any, world: Any, step: int) -> float:
     policy = run.policy()
     plans = [policy.plan(DrawKey(run.train.seed, step, b.index)) for b in mine]
     seed_dropout(run.train.seed, step, mine[0].index)
-    tokens = count_tokens(mine, world.device)
+    tokens = count_tokens(mine)
     return run_batch(engine, run, mine, plans, tokens=tokens, train=True).loss.item()
 
 
@@ -223,7 +223,7 @@ def leave_out(settings: dict[str, Any]) -> list[bool]:
         def backward(step: int) -> None:
             mine = [b for b in global_batch(step) if b.index % world.data_size == world.data_rank]
             plans = [RoutePlan(range(run.model.num_layers))] * len(mine)
-            run_batch(engine, run, mine, plans, tokens=count_tokens(mine, world.device), train=True)
+            run_batch(engine, run, mine, plans, tokens=count_tokens(mine), train=True)
 
         before = values()
         backward(0)
@@ -235,7 +235,7 @@ def leave_out(settings: dict[str, Any]) -> list[bool]:
         backward(1)
         moved = values()
         changed = any(not np.array_equal(before[name], moved[name]) for name in before)
-        return [unchanged, not outcome.applied, clean.applied, changed, clean.grad_norm]  # type: ignore[list-item]
+        return [unchanged, not outcome.applied, clean.applied, changed, float(clean.grad_norm)]  # type: ignore[list-item]
 
 
 def two_backwards(settings: dict[str, Any], with_hook: bool) -> list[float]:
@@ -261,7 +261,7 @@ def two_backwards(settings: dict[str, Any], with_hook: bool) -> list[float]:
                 else:
                     loss(engine, first).backward()
                     loss(engine, second).backward()
-                norms.append(engine.step().grad_norm)
+                norms.append(float(engine.step().grad_norm))
     return norms
 
 
@@ -292,7 +292,7 @@ def wire(settings: dict[str, Any]) -> dict[str, Any]:
         mine = [b for b in global_batch(0) if b.index % world.data_size == world.data_rank]
         policy = run.policy()
         plans = [policy.plan(DrawKey(run.train.seed, 0, b.index)) for b in mine]
-        tokens = count_tokens(mine, world.device)
+        tokens = count_tokens(mine)
         with mock.patch.object(RoutedChunk, "take_input", counted):
             sent = run_batch(engine, run, mine, plans, tokens=tokens, train=True).wire_bytes
         return {"sent": sent, "held": most, "tables": [plan.table for plan in plans]}

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     from skv_dist.data.tokenizer import load_tokenizer
     from skv_dist.parallel import groups
     from skv_dist.parallel.create import create_engine
-    from skv_dist.parallel.step import run_batch
+    from skv_dist.parallel.step import count_tokens, run_batch
     from skv_dist.routing.draw import DrawKey
 
     derived = derive(first, groups.world_size_from_environment())
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
             plans = [policy.plan(DrawKey(run.train.seed, turn, batch.index)) for batch in batches]
             dist.barrier()
             began = time.perf_counter()
-            outcome = run_batch(engines[name], run, batches, plans, tokens=float(derived.tokens_per_step), train=True)
+            outcome = run_batch(engines[name], run, batches, plans, tokens=count_tokens(batches), train=True)
             engines[name].step()
             if world.device.type == "cuda":
                 torch.cuda.synchronize()

@@ -37,7 +37,7 @@ def sweep(
     engine: Engine, run: RunConfig, world: World, batches: list[MicroBatch], plans: Mapping[str, RoutePlan]
 ) -> dict[str, float]:
     """Mean loss in nats per token under each plan, the same on all ranks. Collective."""
-    tokens = count_tokens(batches, world.device)
+    tokens = count_tokens(batches)
     return {
         name: run_batch(engine, run, batches, [plan] * len(batches), tokens=tokens, train=False).loss.item()
         for name, plan in plans.items()

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from skv_dist.model.gradients import keep_in_graph
+from skv_dist.model.projection import QkvLinear
+from skv_dist.model.rotary import rotate
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class RoutedSelfAttention(SelfAttention):
 
         Args:
             hidden: [s, b, h], or [s/t, b, h] with sequence parallelism.
-            rotary: angles, float32 [s, 1, 1, d].
+            rotary: see `skv_dist.model.rotary.rotary_table`.
             mask: see `SdpaCoreAttention`.
             borrowed: K/V of the source layer; None to use this layer's own.
             read_by_others: whether a later layer reads this layer's own K/V.
@@ -113,21 +114,40 @@ class RoutedSelfAttention(SelfAttention):
             Output of the projection (shape of ``hidden``), its bias if any, and this layer's own K/V if a later layer
             reads them.
         """
-        query, key, value = self.get_query_key_value_tensors(hidden)
-        query = apply_rotary_pos_emb(query, rotary, config=self.config, cp_group=self.pg_collection.cp)
-        key = apply_rotary_pos_emb(key, rotary, config=self.config, cp_group=self.pg_collection.cp)
-        own = KV(key, value)
-        used = own if borrowed is None else borrowed
+        if borrowed is not None and not read_by_others and self._can_leave_out():
+            query, unread = self._query_alone(hidden)
+            own = None
+        else:
+            query, key, value = self.get_query_key_value_tensors(hidden)
+            own = KV(rotate(key, rotary), value)
+            unread = () if borrowed is None or read_by_others else (own.key, own.value)
+        query = rotate(query, rotary)
+        used = borrowed or own
+        assert used is not None
         if self.recompute_core and self.training:
             context = tensor_parallel.checkpoint(
                 lambda q, k, v: self._core(q, k, v, mask), False, query, used.key, used.value
             )
         else:
             context = self._core(query, used.key, used.value, mask)
-        if borrowed is not None and not read_by_others:
-            context = keep_in_graph(context, key, value)
-        output, bias = self.linear_proj(context)
+        output, bias = self.linear_proj(keep_in_graph(context, *unread))
         return output, bias, own if read_by_others else None
+
+    def _can_leave_out(self) -> bool:
+        """Not with Transformer Engine's projection, nor where several ranks share the rows of one group."""
+        return isinstance(self.linear_qkv, QkvLinear) and self.config.num_query_groups >= self.world_size
+
+    def _query_alone(self, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Queries [s, b, q, d] where nobody reads this layer's K/V, and what must get a zero gradient."""
+        groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        heads = self.num_attention_heads_per_partition
+        rows, _ = self.linear_qkv(hidden, queries_only=(groups, heads // groups))
+        query = rows.unflatten(-1, (heads, width))
+        if not self.config.qk_layernorm:
+            return query, ()
+        # The norm of one key that is zero hands its weight the zero gradient. It must hang on an input with a gradient:
+        # ZeRO-3 counts on the hook that it puts there, and replicas with other routes would fall out of step.
+        return self.q_layernorm(query), (self.k_layernorm(0 * query[:1, :1, :1]),)
 
     def _core(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
         return self.core_attention(

@@ -19,7 +19,7 @@ from skv_dist.model.cross_entropy import vocab_parallel_cross_entropy
 from skv_dist.model.documents import document_mask
 from skv_dist.model.gradients import contiguous_gradient
 from skv_dist.model.megatron_config import layer_spec, norm_class, transformer_config, transformer_impl
-from skv_dist.model.rotary import inverse_frequencies, rotary_angles
+from skv_dist.model.rotary import inverse_frequencies, rotary_table
 from skv_dist.model.wire import pack, unpack
 from skv_dist.routing import RoutePlan
 
@@ -65,6 +65,7 @@ class RoutedChunk(MegatronModule):
         # The head's weight where it is tied to an embedding on another stage (skv_dist.parallel.tied). No parameter.
         self.tied_weight: torch.Tensor | None = None
         self._received: torch.Tensor | None = None
+        self._compiled_loss = run.train.compile
 
         groups = ProcessGroupCollection.use_mpu_process_groups()
         self.tp_group, self.tp_rank, self.tp_size = groups.tp, groups.tp.rank(), groups.tp.size()
@@ -92,8 +93,8 @@ class RoutedChunk(MegatronModule):
             for layer in self.layers.values():
                 layer.self_attention.recompute_core = "core_attn" in run.train.recompute_modules
                 layer.recompute_mlp_region = "mlp" in run.train.recompute_modules
-        # Computed at first use and no buffer: neither deepspeed.zero.Init nor a cast to bf16 may round them.
-        self._angles: torch.Tensor | None = None
+        # Computed in fp32 at first use; no buffer, which deepspeed.zero.Init would round.
+        self._table: torch.Tensor | None = None
         self._model = model
 
     def set_input_tensor(self, received: list[torch.Tensor | None]) -> None:
@@ -176,9 +177,10 @@ class RoutedChunk(MegatronModule):
 
     def _rotary(self, tokens: torch.Tensor) -> torch.Tensor:
         length = tokens.shape[1]
-        if self._angles is None or self._angles.shape[0] < length or self._angles.device != tokens.device:
-            self._angles = rotary_angles(inverse_frequencies(self._model).to(tokens.device), length)
-        return self._angles[:length]
+        if self._table is None or self._table.shape[1] < length or self._table.device != tokens.device:
+            inverse = inverse_frequencies(self._model).to(tokens.device)
+            self._table = rotary_table(inverse, length, self.config.params_dtype)
+        return self._table[:, :length]
 
     def _run_layers(
         self, hidden: torch.Tensor, live: dict[int, KV], plan: RoutePlan, rotary: torch.Tensor, mask: Any
@@ -228,6 +230,6 @@ class RoutedChunk(MegatronModule):
             return whole[..., : self.vocab_size].transpose(0, 1)
         group = self.tp_group if self.tp_size > 1 else None
         losses = vocab_parallel_cross_entropy(
-            logits, labels.transpose(0, 1).contiguous(), self.vocab_size, self.tp_rank, group
+            logits, labels.transpose(0, 1).contiguous(), self.vocab_size, self.tp_rank, group, self._compiled_loss
         )
         return losses.transpose(0, 1)

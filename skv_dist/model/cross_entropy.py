@@ -1,68 +1,94 @@
 """Cross-entropy over a vocabulary that is split over tensor-parallel ranks."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 _CHUNK_BYTES = 64 << 20  # of fp32 logits held at a time
+_INDEXABLE = 2**31  # elements that a compiled kernel addresses in 32 bits
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """Per-token loss; keeps the logits in their own dtype and turns them into their gradient in place.
 
     Megatron's version keeps the softmax of all tokens in fp32: for 16k tokens and a vocabulary of 152k that is 10 GB.
-    Here fp32 exists only for a block of rows at a time, in both passes.
+    Here fp32 exists only for a block of rows at a time, in both passes; compiled, only in registers.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, valid: int, group: Any
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, valid: int, group: Any, compiled: bool
     ) -> torch.Tensor:
         rows = logits.view(-1, logits.shape[-1])
         local = labels.reshape(-1) - first
         mine = (local >= 0) & (local < valid)
-        local = torch.where(mine, local, 0)
+        local = torch.where(mine, local, 0)[:, None]
         maximum = torch.full((rows.shape[0],), float("-inf"), dtype=torch.float32, device=rows.device)
+        total, label = torch.zeros_like(maximum), torch.zeros_like(maximum)
         if valid > 0:
-            maximum = rows[:, :valid].amax(dim=-1).float()
+            statistics = _compiled(_statistics) if compiled else _statistics
+            parts = [statistics(block[:, :valid]) for block in _blocks(rows, compiled)]
+            maximum, total = map(torch.cat, zip(*parts))
+            label = rows.gather(1, local).squeeze(1).float() * mine
         if group is not None:
-            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-        sums = torch.zeros(2, rows.shape[0], dtype=torch.float32, device=rows.device)  # of exp; logit of the label
-        if valid > 0:
-            for block in _blocks(rows):
-                shifted = rows[block, :valid].float() - maximum[block, None]
-                sums[1, block] = shifted.gather(1, local[block, None]).squeeze(1) * mine[block]
-                sums[0, block] = shifted.exp_().sum(dim=-1)
-        if group is not None:
+            highest = maximum.clone()
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+            sums = torch.stack([total * (maximum - highest).exp(), label])
             dist.all_reduce(sums, group=group)
-        log_sum = sums[0].log()
-        ctx.save_for_backward(logits, maximum + log_sum, local, mine)
-        ctx.valid = valid
-        return (log_sum - sums[1]).view_as(labels)
+            maximum, (total, label) = highest, sums
+        log_normalizer = maximum + total.log()
+        ctx.save_for_backward(logits, log_normalizer, label, local, mine)
+        ctx.valid, ctx.compiled = valid, compiled
+        return (log_normalizer - label).view_as(labels)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits, log_normalizer, local, mine = ctx.saved_tensors
+        logits, log_normalizer, label, local, mine = ctx.saved_tensors
         rows, valid = logits.view(-1, logits.shape[-1]), ctx.valid
-        weight = grad.reshape(-1, 1).float()
+        weight = grad.reshape(-1).float()
         with torch.no_grad():
-            for block in _blocks(rows):
-                probability = (rows[block, :valid].float() - log_normalizer[block, None]).exp_()
-                if valid > 0:
-                    probability.scatter_add_(1, local[block, None], -mine[block, None].float())
-                rows[block, :valid] = probability.mul_(weight[block]).to(rows.dtype)
+            to_gradient_ = _compiled(_to_gradient_) if ctx.compiled else _to_gradient_
+            begin = 0
+            for block in _blocks(rows, ctx.compiled):
+                end = begin + block.shape[0]
+                to_gradient_(block[:, :valid], log_normalizer[begin:end], weight[begin:end])
+                begin = end
+            if valid > 0:
+                of_label = ((label - log_normalizer).exp() - 1) * weight
+                kept = rows.gather(1, local)
+                rows.scatter_(1, local, torch.where(mine[:, None], of_label[:, None].to(rows.dtype), kept))
             rows[:, valid:] = 0
-        return logits, None, None, None, None
+        return logits, None, None, None, None, None
 
 
-def _blocks(rows: torch.Tensor) -> list[slice]:
-    size = max(1, _CHUNK_BYTES // (4 * rows.shape[1]))
-    return [slice(begin, begin + size) for begin in range(0, rows.shape[0], size)]
+def _statistics(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row the maximum and the sum of exp(logit - maximum), float32."""
+    maximum = rows.amax(dim=-1).float()
+    return maximum, (rows.float() - maximum[:, None]).exp().sum(dim=-1)
+
+
+def _to_gradient_(rows: torch.Tensor, log_normalizer: torch.Tensor, weight: torch.Tensor) -> None:
+    """Logits to softmax times ``weight``, in place."""
+    rows.copy_((rows.float() - log_normalizer[:, None]).exp() * weight[:, None])
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _blocks(rows: torch.Tensor, compiled: bool) -> Sequence[torch.Tensor]:
+    """Of equal size if compiled, so that there is one shape to compile for."""
+    if compiled:
+        return rows.chunk(-(-rows.numel() // _INDEXABLE))
+    return rows.split(max(1, _CHUNK_BYTES // (4 * rows.shape[1])))
 
 
 def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, rank: int, group: Any | None
+    logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, rank: int, group: Any | None, compiled: bool = False
 ) -> torch.Tensor:
     """Loss of each token, in nats, float32 [s, b].
 
@@ -74,8 +100,9 @@ def vocab_parallel_cross_entropy(
             on the tensor-parallel size.
         rank: this rank's place in ``group``.
         group: tensor-parallel process group; None for one rank.
+        compiled: run one compiled kernel in each pass, instead of a chain of them over blocks of rows.
     """
     width = logits.shape[-1]
     first = rank * width
     valid = min(max(vocab_size - first, 0), width)
-    return _VocabParallelCrossEntropy.apply(logits, labels, first, valid, group)
+    return _VocabParallelCrossEntropy.apply(logits, labels, first, valid, group, compiled)

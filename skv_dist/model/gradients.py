@@ -7,8 +7,8 @@ import torch
 
 class _KeepInGraph(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        ctx.unread = [(t.shape, t.dtype, t.device) for t in (key, value)]
+    def forward(ctx: Any, x: torch.Tensor, *unread: torch.Tensor) -> torch.Tensor:
+        ctx.unread = [(t.shape, t.dtype, t.device) for t in unread]
         return x.view_as(x)
 
     @staticmethod
@@ -16,13 +16,13 @@ class _KeepInGraph(torch.autograd.Function):
         return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.unread)
 
 
-def keep_in_graph(x: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """``x``, and a zero gradient instead of none for K/V that nobody reads.
+def keep_in_graph(x: torch.Tensor, *unread: torch.Tensor) -> torch.Tensor:
+    """``x``, and a zero gradient instead of none for tensors that nobody reads.
 
     A layer whose K/V nobody reads must still hand every parameter a gradient, on every rank: replicas draw different
     routes, and a reduction that some of them enter and others do not would hang or mix up buckets.
     """
-    return _KeepInGraph.apply(x, key, value)
+    return _KeepInGraph.apply(x, *unread) if unread else x
 
 
 class _ContiguousGradient(torch.autograd.Function):

@@ -17,6 +17,7 @@ from skv_dist.errors import UserError
 from skv_dist.model.attention import RoutedSelfAttention, SdpaCoreAttention
 from skv_dist.model.layer import RoutedLayer
 from skv_dist.model.norm import LayerNorm, RMSNorm
+from skv_dist.model.projection import QkvLinear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -113,6 +114,7 @@ def layer_spec(model: ModelConfig, impl: str) -> ModuleSpec:
         norm = norm_class(model)
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
         attention.submodules.core_attention = SdpaCoreAttention
+        attention.submodules.linear_qkv = QkvLinear
         if model.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
     return spec

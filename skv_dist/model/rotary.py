@@ -28,8 +28,17 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
     return plain * smooth + plain / scaling.factor * (1 - smooth)
 
 
-def rotary_angles(inverse: torch.Tensor, length: int) -> torch.Tensor:
-    """float32 [s, 1, 1, d]: the angles that Megatron's ``apply_rotary_pos_emb`` takes (halves, not interleaved)."""
+def rotary_table(inverse: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """[2, s, 1, 1, d]: cosines and sines for `rotate`, computed in float32 and rounded to ``dtype`` once."""
     positions = torch.arange(length, device=inverse.device, dtype=torch.float32)
-    angles = torch.outer(positions, inverse)
-    return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+    angles = torch.outer(positions, inverse).repeat(1, 2)[:, None, None, :]
+    return torch.stack([angles.cos(), angles.sin()]).to(dtype)
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotary positions of ``x`` [s, b, heads, d], over halves (not interleaved): the arithmetic of Megatron's
+    ``apply_rotary_pos_emb``, which would take cosines and sines anew in every layer.
+    """
+    cosine, sine = table.unbind()
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat([-second, first], dim=-1) * sine

@@ -20,10 +20,12 @@ class StepOutcome:
     Attributes:
         grad_norm: global L2 norm of the gradient before clipping; infinite or NaN where a gradient is.
         applied: False where the update was left out.
+
+    Both are scalars on the device, float32 and bool, so that nobody has to wait for them.
     """
 
-    grad_norm: float
-    applied: bool
+    grad_norm: torch.Tensor
+    applied: torch.Tensor
 
 
 class GuardedAdamW(torch.optim.AdamW):
@@ -34,6 +36,9 @@ class GuardedAdamW(torch.optim.AdamW):
     """
 
     leave_out: Callable[[], bool] = staticmethod(lambda: False)
+    # Read by a fused step (see `torch.amp.GradScaler`): what gradients are divided by, and 1.0 to leave the step out.
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
 
     def step(self, closure: Any = None) -> Any:
         return None if self.leave_out() else super().step(closure)
@@ -70,11 +75,11 @@ class Engine(ABC):
     def forward(self, chunk: int | None, *args: Any) -> torch.Tensor:
         """`Root.forward`, with or without gradient."""
 
-    def step(self, leave_out: bool = False) -> StepOutcome:
+    def step(self, leave_out: torch.Tensor | bool = False) -> StepOutcome:
         """Reduce, clip and update with all gradients since the last step, and clear them.
 
         Args:
-            leave_out: clear the gradients without an update. Must be the same on all ranks.
+            leave_out: (scalar on the device) clear the gradients without an update. Must be the same on all ranks.
         """
         outcome = self._update(leave_out)
         self.tied.refresh()
@@ -93,7 +98,7 @@ class Engine(ABC):
             self.forward(None, gradient).backward()
 
     @abstractmethod
-    def _update(self, leave_out: bool) -> StepOutcome: ...
+    def _update(self, leave_out: torch.Tensor | bool) -> StepOutcome: ...
 
     @abstractmethod
     def read(self, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:

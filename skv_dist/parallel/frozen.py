@@ -23,7 +23,7 @@ class FrozenEngine(Engine):
     def forward(self, chunk: int | None, *args: Any) -> torch.Tensor:
         return self.root(chunk, *args)
 
-    def _update(self, leave_out: bool) -> StepOutcome:
+    def _update(self, leave_out: torch.Tensor | bool) -> StepOutcome:
         raise NotImplementedError("a frozen model does not learn")
 
     def read(self, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""ZeRO stage 0: every replica holds everything.
+"""Data parallelism in which every replica holds everything: ZeRO stage 0, and 1 and 2 with a single replica.
 
 DeepSpeed has no stage 0 for bf16 parameters with fp32 accumulation ("unsupported mix"), and at stage 0 it refuses a
-backward that it did not start itself, as pipeline schedules need. Plain data parallelism is small enough to write.
+backward that it did not start itself, as pipeline schedules need. Plain data parallelism is small enough to write, and
+one replica has nothing to shard.
 """
 
 from collections.abc import Sequence
@@ -13,12 +14,12 @@ from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
 from skv_dist.parallel.build import build_root, local_initial_values
-from skv_dist.parallel.engine import MODEL, Engine, StepOutcome, build_optimizer, is_valid_norm
+from skv_dist.parallel.engine import MODEL, Engine, StepOutcome, build_optimizer
 from skv_dist.parallel.tied import TiedHead
 
 
 class ReplicatedEngine(Engine):
-    """Data parallelism with fp32 masters and one flat fp32 gradient buffer."""
+    """fp32 masters and one flat fp32 gradient buffer. Nothing in a step waits for the device."""
 
     def __init__(self, run: RunConfig, vocab_size: int, device: torch.device) -> None:
         self.root = build_root(run, vocab_size, device)
@@ -31,20 +32,18 @@ class ReplicatedEngine(Engine):
         with torch.no_grad():
             for parameter, value in local_initial_values(run, self.root, vocab_size):
                 parameter.copy_(value)
-        self._buffer = torch.zeros(sum(p.numel() for p in self._parameters), device=device)
+        self._buffer = torch.empty(sum(p.numel() for p in self._parameters), device=device)
         sizes = [p.numel() for p in self._parameters]
         views = [v.view_as(p) for v, p in zip(self._buffer.split(sizes), self._parameters)]
         self._gradients = dict(zip(self._parameters, views))
+        self._without = set(self._parameters)  # those that have no gradient yet: the buffer holds an old one
         self._master_of: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         for parameter in self._parameters:
-            if parameter.dtype == torch.float32:
-                parameter.grad = self._gradients[parameter]  # autograd adds to it in place
-                self._master_of[parameter] = parameter
-            else:
-                self._master_of[parameter] = torch.nn.Parameter(parameter.detach().float())
-                parameter.register_post_accumulate_grad_hook(self._accumulate)
+            same = parameter.dtype == torch.float32
+            self._master_of[parameter] = parameter if same else torch.nn.Parameter(parameter.detach().float())
+            parameter.register_post_accumulate_grad_hook(self._accumulate)
         masters = iter([(name, self._master_of[parameter]) for name, parameter in named])
-        self.optimizer = build_optimizer(masters, run.optimizer, device.type == "cuda")
+        self.optimizer = build_optimizer(masters, run.optimizer, fused=True)
         counted = parallel_state.get_tensor_model_parallel_rank() == 0
         self.tied = TiedHead(self.root)
         self.tied.refresh()
@@ -53,8 +52,13 @@ class ReplicatedEngine(Engine):
         ]
 
     def _accumulate(self, parameter: torch.Tensor) -> None:
+        assert isinstance(parameter, torch.nn.Parameter)
         assert parameter.grad is not None
-        self._gradients[parameter].add_(parameter.grad)  # type: ignore[index]
+        if parameter in self._without:
+            self._gradients[parameter].copy_(parameter.grad)
+            self._without.remove(parameter)
+        else:
+            self._gradients[parameter].add_(parameter.grad)
         parameter.grad = None
 
     def forward(self, chunk: int | None, *args: Any) -> torch.Tensor:
@@ -62,28 +66,39 @@ class ReplicatedEngine(Engine):
 
     @torch.no_grad()
     def _reduce(self) -> None:
+        for parameter in self._without:
+            self._gradients[parameter].zero_()
+        self._without = set(self._parameters)
         if self._data_group.size() > 1:
             for part in self._buffer.split(self._bucket):
                 dist.all_reduce(part, group=self._data_group)
             self._buffer.div_(self._data_group.size())
 
+    def _norm(self) -> torch.Tensor:
+        norm = torch.nn.utils.get_total_norm(self._normed)
+        if self._model_group.size() > 1:
+            norm.square_()
+            dist.all_reduce(norm, group=self._model_group)
+            norm.sqrt_()
+        return norm
+
     @torch.no_grad()
-    def _update(self, leave_out: bool) -> StepOutcome:
+    def _update(self, leave_out: torch.Tensor | bool) -> StepOutcome:
         self._reduce()
-        squares = torch.stack([gradient.square().sum() for gradient in self._normed]).sum()
-        dist.all_reduce(squares, group=self._model_group)
-        norm = squares.sqrt().item()
-        applied = not leave_out and is_valid_norm(norm)
-        if applied:
-            if self._clip > 0 and norm > self._clip:
-                self._buffer.mul_(self._clip / (norm + 1e-6))
-            for parameter, master in self._master_of.items():
-                master.grad = self._gradients[parameter]
-            self.optimizer.step()
-            for parameter, master in self._master_of.items():
-                if master is not parameter:
-                    parameter.copy_(master)
-        self._buffer.zero_()
+        norm = self._norm()
+        applied = norm.isfinite() & ~torch.as_tensor(leave_out, device=norm.device)
+        for parameter, master in self._master_of.items():
+            master.grad = self._gradients[parameter]
+        # As torch's GradScaler tells a fused optimizer, on the device, to divide gradients and to leave a step out.
+        self.optimizer.found_inf = (~applied).float()
+        if self._clip > 0:
+            self.optimizer.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0)
+        self.optimizer.step()
+        for master in self._master_of.values():
+            master.grad = None
+        copied: list[torch.Tensor] = [p for p, master in self._master_of.items() if master is not p]
+        if copied:
+            torch._foreach_copy_(copied, [self._master_of[p] for p in copied])  # type: ignore[index]
         return StepOutcome(norm, applied)
 
     def _masters(self) -> Sequence[torch.Tensor]:

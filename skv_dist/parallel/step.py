@@ -33,16 +33,18 @@ class BatchOutcome:
     wire_bytes: int
 
 
-def count_tokens(batches: Sequence[MicroBatch], device: torch.device) -> float:
-    """Number of predictions that count, over all micro-batches of all replicas."""
-    count = torch.stack([batch.loss_mask.sum() for batch in batches]).sum().to(device)
-    dist.all_reduce(count, group=parallel_state.get_data_parallel_group())
-    return count.item()
+def count_tokens(batches: Sequence[MicroBatch]) -> torch.Tensor:
+    """Number of predictions that count, over all micro-batches of all replicas: float64 scalar on their device."""
+    count = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
+    group = parallel_state.get_data_parallel_group()
+    if group.size() > 1:
+        dist.all_reduce(count, group=group)
+    return count
 
 
 def run_batch(
     engine: Engine, run: RunConfig, batches: Sequence[MicroBatch], plans: Sequence[RoutePlan], *,
-    tokens: float, train: bool,
+    tokens: torch.Tensor, train: bool,
 ) -> BatchOutcome:  # fmt: skip
     """Run the micro-batches of one global batch that fall to this replica.
 
@@ -56,7 +58,8 @@ def run_batch(
     """
     replicas = parallel_state.get_data_parallel_world_size()
     # Gradients are averaged over replicas afterwards.
-    scale = replicas / max(tokens, 1.0)
+    tokens = tokens.clamp(min=1.0)
+    scale = (replicas / tokens).float()
     chunks: list[Any] = list(engine.root.chunks)
     widths = wire_widths(run, plans)
 
@@ -100,4 +103,4 @@ def run_batch(
         group = parallel_state.get_pipeline_model_parallel_group()
         dist.broadcast(total, dist.get_global_rank(group, last), group=group)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    return BatchOutcome(total / max(tokens, 1.0), communicator.sent_bytes)
+    return BatchOutcome((total / tokens).float(), communicator.sent_bytes)

@@ -29,6 +29,8 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any]:
         "gradient_clipping": run.optimizer.clip_grad_norm,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
+        # It would wait for the GPU at every forward.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {
             "stage": run.parallel.zero_stage,
             "overlap_comm": run.parallel.overlap_comm,
@@ -108,13 +110,13 @@ class ZeroEngine(Engine):
     def _leave_out(self) -> bool:
         return self._skip or not is_valid_norm(self._norm())
 
-    def _update(self, leave_out: bool) -> StepOutcome:
-        self._skip = leave_out
+    def _update(self, leave_out: torch.Tensor | bool) -> StepOutcome:
+        self._skip = bool(leave_out)
         self._engine.step()
         norm = self._norm()
         if getattr(self._zero, "overflow", False):
             norm = float("inf")
-        return StepOutcome(norm, not leave_out and is_valid_norm(norm))
+        return StepOutcome(torch.tensor(norm), torch.tensor(not self._skip and is_valid_norm(norm)))
 
     def _masters(self) -> Sequence[torch.Tensor]:
         if self._stage == 3:

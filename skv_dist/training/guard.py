@@ -22,15 +22,21 @@ class Guard:
         self.skipped = 0
         self._in_a_row = 0
 
+    @property
+    def limit(self) -> float:
+        """The largest loss that is no spike; infinite while there is no judgement."""
+        factor = self._config.spike_factor
+        if factor is None or len(self._accepted) < self._config.spike_window:
+            return math.inf
+        return factor * statistics.median(self._accepted)
+
     def objection(self, loss: float) -> str | None:
-        """Why the update should be left out; None if it may be made."""
+        """Why the update should be left out; None if it may be made: where ``loss`` is finite and within `limit`."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        factor = self._config.spike_factor
-        if factor is not None and len(self._accepted) == self._config.spike_window:
-            usual = statistics.median(self._accepted)
-            if loss > factor * usual:
-                return f"the loss {loss:.4g} is more than {factor:g} times the usual {usual:.4g}"
+        if loss > self.limit:
+            factor = self._config.spike_factor
+            return f"the loss {loss:.4g} is more than {factor:g} times the usual {self.limit / (factor or 1):.4g}"
         return None
 
     def record(self, step: int, loss: float, objection: str | None) -> None:

@@ -10,6 +10,7 @@ from skv_dist.config.run import Derived, RunConfig
 from skv_dist.model.megatron_config import DTYPES
 from skv_dist.model.wire import kv_width
 from skv_dist.parallel.build import partitioned_shape
+from skv_dist.parallel.create import is_sharded
 from skv_dist.parallel.engine import Engine
 from skv_dist.parallel.groups import World
 from skv_dist.routing import map_from_retention
@@ -38,12 +39,15 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine,
         f"{r:.2f} -> {len(set(map_from_retention(model.num_layers, r)))} of {model.num_layers} layers"
         for r in run.eval.retention
     )
+    zero = f"ZeRO {parallel.zero_stage}"
+    if parallel.zero_stage and not is_sharded(parallel.zero_stage, derived.data_parallel):
+        zero += " (one replica: nothing to shard)"
     stages = f" x pipeline {parallel.pipeline}" if parallel.pipeline > 1 else ""
     lines = {
         "software": software(),
         "processes": f"{derived.world_size} on {device}: tensor {parallel.tensor}"
         f"{' with sequence parallelism' if parallel.sequence_parallel else ''}{stages} x data {derived.data_parallel}, "
-        f"ZeRO {parallel.zero_stage}, {train.precision}",
+        f"{zero}, {train.precision}",
         "model": f"{model.num_layers} layers x {model.hidden_size}, vocabulary {vocab_size:,}, "
         f"{held:,} parameters on this rank",
         "routing": routing,

@@ -88,10 +88,11 @@ class Trainer:
         train, data = self.run.train, self.run.data
 
         def load(step: int) -> list[MicroBatch]:
-            return micro_batches(
+            batches = micro_batches(
                 self.samples, step * train.global_batch_size, self.derived.num_micro_batches, train.micro_batch_size,
                 self.world.data_rank, self.world.data_size, data.reset_attention,
             )  # fmt: skip
+            return [batch.pinned() for batch in batches] if self.world.device.type == "cuda" else batches
 
         return prefetched(load, self.step, train.steps, data.prefetch_steps)
 
@@ -103,22 +104,26 @@ class Trainer:
             seed_dropout(run.train.seed, self.step, batches[0].index)
         lr = lr_at(self.step, run.train.steps, run.optimizer)
         engine.set_lr(lr)
-        tokens = count_tokens(batches, device)
+        tokens = count_tokens(batches)
         batch = run_batch(engine, run, batches, plans, tokens=tokens, train=True)
-        loss = batch.loss.item()
-        objection = self.guard.objection(loss)
-        leave_out, stop = self._agree(objection is not None, bool(asked_to_stop))
+        # From here to the one read below the device decides, so that it need not wait for the host.
+        loss = batch.loss.double()
+        refused = ~(loss.isfinite() & (loss <= self.guard.limit))
+        leave_out, stop = self._agree(refused, torch.full((), bool(asked_to_stop), device=device))
         outcome = engine.step(leave_out)
-        if not outcome.applied and objection is None:
-            objection = f"the gradient norm is {outcome.grad_norm}"
+        read = torch.stack([loss, outcome.grad_norm.to(loss), outcome.applied.to(loss), stop.to(loss)]).tolist()
+        loss_value, grad_norm = read[0], read[1]
+        objection = self.guard.objection(loss_value)
+        if not read[2] and objection is None:
+            objection = f"the gradient norm is {grad_norm}"
         self.step += 1
         if objection is not None and self.world.is_first:
             print(f"step {self.step}: update skipped: {objection}", flush=True)
-        self.guard.record(self.step, loss, objection)
-        if stop:
+        self.guard.record(self.step, loss_value, objection)
+        if read[3]:
             self.stopped_by = "SIGTERM"
         metrics: Metrics = {
-            "loss": loss, "grad_norm": outcome.grad_norm, "lr": lr, "skipped": self.guard.skipped,
+            "loss": loss_value, "grad_norm": grad_norm, "lr": lr, "skipped": self.guard.skipped,
             "tokens": self.step * self.derived.tokens_per_step,
         }  # fmt: skip
         if run.parallel.pipeline > 1:
@@ -130,11 +135,12 @@ class Trainer:
         dist.all_reduce(total)
         return int(total.item())
 
-    def _agree(self, *flags: bool) -> list[bool]:
-        """Each flag, true everywhere if it is true on any rank."""
-        votes = torch.tensor(flags, dtype=torch.int32, device=self.world.device)
-        dist.all_reduce(votes, dist.ReduceOp.MAX)
-        return [bool(vote) for vote in votes.tolist()]
+    def _agree(self, *flags: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Each flag (a bool scalar on the device), true everywhere if it is true on any rank."""
+        votes = torch.stack(flags).int()
+        if self.world.size > 1:
+            dist.all_reduce(votes, dist.ReduceOp.MAX)
+        return votes.bool().unbind()
 
     def _measure(self, metrics: Metrics, seconds: float) -> None:
         rate = self.derived.tokens_per_step / seconds

@@ -10,24 +10,24 @@ from tests.parallel.test_parity import TOLERANCE, check, one_process
 
 # fault, processes, parallel section, recompute
 FAULTS: list[tuple[str, int, dict[str, Any], str]] = [
-    ("divided_at_every_stage", 1, {"zero_stage": 1}, "none"),
+    ("divided_at_every_stage", 2, {"zero_stage": 1}, "none"),
     ("gradients_not_summed_over_tensor_ranks", 2, {"zero_stage": 0, "tensor": 2, "sequence_parallel": True}, "none"),
-    ("gradients_not_summed_over_tensor_ranks", 2, {"zero_stage": 1, "tensor": 2}, "none"),  # q/k-norms, without SP
+    ("gradients_not_summed_over_tensor_ranks", 4, {"zero_stage": 1, "tensor": 2}, "none"),  # q/k-norms, without SP
     ("split_parameters_not_marked", 2, {"zero_stage": 0, "tensor": 2}, "none"),
-    ("split_parameters_not_marked", 2, {"zero_stage": 1, "tensor": 2}, "none"),
+    ("split_parameters_not_marked", 4, {"zero_stage": 1, "tensor": 2}, "none"),
     ("route_off_by_one", 1, {"zero_stage": 0}, "none"),
     ("borrowed_kv_detached", 1, {"zero_stage": 0}, "none"),
     ("borrowed_kv_detached", 1, {"zero_stage": 0}, "full"),
     ("drawn_again_in_recompute", 1, {"zero_stage": 0}, "full"),
     ("micro_batch_dropped", 1, {"zero_stage": 0}, "none"),
     ("plan_of_the_step_before", 1, {"zero_stage": 0}, "none"),
-    ("divided_at_every_stage", 2, {"zero_stage": 1, "pipeline": 2}, "none"),
-    ("backward_seen_flag_kept", 2, {"zero_stage": 2, "pipeline": 2}, "none"),
+    ("divided_at_every_stage", 4, {"zero_stage": 1, "pipeline": 2}, "none"),
+    ("backward_seen_flag_kept", 4, {"zero_stage": 2, "pipeline": 2}, "none"),
     ("chunks_without_overlap", 2, {"zero_stage": 0, "pipeline": 2, "virtual_pipeline": 2}, "none"),
     ("sent_tensor_emptied", 2, {"zero_stage": 0, "pipeline": 2, "virtual_pipeline": 2}, "none"),
     ("sources_swapped_on_the_wire", 2, {"zero_stage": 0, "pipeline": 2}, "none"),
     ("received_kv_detached", 2, {"zero_stage": 1, "pipeline": 2}, "full"),
-    ("tied_gradient_left_out", 2, {"zero_stage": 1, "pipeline": 2}, "none"),
+    ("tied_gradient_left_out", 4, {"zero_stage": 1, "pipeline": 2}, "none"),
     ("tied_weight_not_refreshed", 2, {"zero_stage": 0, "pipeline": 2}, "none"),
 ]
 
@@ -55,7 +55,7 @@ def test_clipping_is_what_the_configuration_says(workers: Any) -> None:
         settings = jobs.config(
             parallel={"zero_stage": zero}, model={"init_std": 0.3}, optimizer={"clip_grad_norm": 0.0}
         )
-        found = workers(1)(jobs.train, settings, 0, fault, False)[0]
+        found = workers(2)(jobs.train, settings, 0, fault, False)[0]
         assert found["norms"][0] > 2
         return found["gradients"]
 
@@ -71,7 +71,7 @@ def test_two_backwards_without_a_forward_between_them(workers: Any, zero: int, p
     settings = jobs.config(
         parallel={"zero_stage": zero}, train={"precision": precision}, optimizer={"clip_grad_norm": 0.0}
     )
-    norms = {hook: workers(1)(jobs.two_backwards, settings, hook)[0] for hook in (True, False)}
+    norms = {hook: workers(2)(jobs.two_backwards, settings, hook)[0] for hook in (True, False)}
     together, apart = norms[True]
     assert together == pytest.approx(apart, rel=1e-5 if precision == "fp32" else 1e-2)
     together, apart = norms[False]
