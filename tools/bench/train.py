@@ -1,0 +1,205 @@
+"""Speed of our own trainer, dense and routed by turns in one process, and where a step's time goes.
+
+    python -m skv_tools.bench.train --shape qwen3-1.7b --sequence-length 2048 --micro-batch 8 --out FILE.json
+
+Random tokens; all else is what ``skv-train`` runs: data thread, guard, clipping, fused AdamW with fp32 masters. Writes
+the median tokens/s of each routing policy, peak memory, the losses, how often the host waited for the GPU within a
+step, graphs compiled after the warm-up, and with ``--profile`` the GPU time of one step by kind of kernel.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from skv_dist.config.run import RunConfig, derive
+from skv_dist.data.packing import Sample
+from skv_dist.errors import UserError, command
+from skv_dist.parallel import groups
+from skv_dist.parallel.create import create_engine
+from skv_dist.parallel.engine import Engine
+from skv_dist.parallel.groups import World
+from skv_dist.training.callbacks import Callback, Metrics
+from skv_dist.training.report import software
+from skv_dist.training.throughput import flops_per_token, peak_flops
+from skv_dist.training.trainer import Trainer
+
+from .shapes import SHAPES
+
+# Kinds of kernels by a part of their names; the first that fits. Inductor names its kernels after what it fused.
+_KINDS = {
+    "attention": ("flash", "fmha", "cudnn_generated", "sdpa"),
+    "loss": ("exp",),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
+    "optimizer": ("adam", "lpnorm", "multi_tensor"),
+    "norms, rotary, SwiGLU, residuals (compiled)": ("triton",),
+    "copies, sums, zeros": ("",),
+}
+
+
+class _Random:
+    """Samples of random tokens."""
+
+    def __init__(self, vocab_size: int, length: int) -> None:
+        self._vocab_size, self._length = vocab_size, length
+
+    def __getitem__(self, position: int) -> Sample:
+        tokens = np.random.default_rng(position).integers(0, self._vocab_size, self._length + 1)
+        return Sample(tokens, np.zeros(self._length + 1, np.int64))
+
+
+class _Watch(Callback):
+    """Collects metrics; counts, from step ``warmup`` on, what must not happen; profiles the last step if asked to."""
+
+    def __init__(self, warmup: int, profile: bool) -> None:
+        self.metrics: list[Metrics] = []
+        self._warmup, self._profile = warmup, profile
+        self._steps = 0
+        self._caught: Any = None
+        self.waits = 0
+        self.kinds: dict[str, float] = {}
+        self.kernels: list[tuple[str, float, int]] = []
+        self._profiler: Any = None
+
+    def on_start(self, step: int, steps: int) -> None:
+        self._steps = steps
+        self._caught = warnings.catch_warnings(record=True)
+        self._seen = self._caught.__enter__()
+        warnings.simplefilter("always")
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        self.metrics.append(metrics)
+        if step == self._warmup and torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+            self._seen.clear()
+        if self._profile and step == self._steps - 1:
+            self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profiler.__enter__()
+
+    def on_end(self) -> None:
+        if self._profiler is not None:
+            torch.cuda.synchronize()
+            self._profiler.__exit__(None, None, None)
+            self._read_profile()
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")
+        self.waits = sum("synchronizing" in str(warning.message) for warning in self._seen)
+        self._caught.__exit__(None, None, None)
+
+    def _read_profile(self) -> None:
+        kernels = [e for e in self._profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        sums: dict[str, float] = defaultdict(float)
+        by_name: dict[str, list[float]] = defaultdict(list)
+        for kernel in kernels:
+            name = kernel.name.lower()
+            kind = next(kind for kind, parts in _KINDS.items() if any(part in name for part in parts))
+            sums[kind] += kernel.time_range.elapsed_us() / 1e3
+            by_name[kernel.name].append(kernel.time_range.elapsed_us() / 1e3)
+        spans = sorted((k.time_range.start, k.time_range.end) for k in kernels)
+        busy, end = 0.0, float("-inf")
+        for begin, stop in spans:
+            busy += max(0.0, stop - max(begin, end))
+            end = max(end, stop)
+        self.kinds = {**sums, "idle": (spans[-1][1] - spans[0][0] - busy) / 1e3}
+        self.kernels = sorted(((n, sum(t), len(t)) for n, t in by_name.items()), key=lambda entry: -entry[1])
+
+
+def _config(arguments: argparse.Namespace, policy: str, folder: str) -> RunConfig:
+    on_gpu = torch.cuda.is_available()
+    return RunConfig.model_validate(
+        {
+            "model": {**SHAPES[arguments.shape], "max_position_embeddings": arguments.sequence_length},
+            "routing": {"policy": policy},
+            "data": {"sequence_length": arguments.sequence_length, "sources": [{"path": "none", "format": "text"}],
+                     "validation_fraction": 0.0},
+            "parallel": {"zero_stage": arguments.zero_stage},
+            "train": {"steps": arguments.steps, "output_dir": folder, "precision": "bf16", "compile": on_gpu,
+                      "global_batch_size": arguments.micro_batch * arguments.accumulate,
+                      "micro_batch_size": arguments.micro_batch, "recompute": arguments.recompute},
+            "optimizer": {"lr": 1e-4, "schedule": "constant"},
+            "eval": {"every": 0},
+        }
+    )  # fmt: skip
+
+
+def _measure(engine: Engine, run: RunConfig, world: World, warmup: int, profile: bool) -> _Watch:
+    derived = derive(run, world.size)
+    vocab_size = run.model.vocab_size or 0
+    watch = _Watch(warmup, profile)
+    samples = _Random(vocab_size, run.data.sequence_length)
+    Trainer(run, derived, world, engine, vocab_size, samples, [watch]).fit()
+    return watch
+
+
+@command
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b")
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches a step (default: 1)")
+    parser.add_argument("--routing", nargs="+", default=["none", "r_cla"], help="policies (default: none r_cla)")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each policy (default: 2)")
+    parser.add_argument("--steps", type=int, default=20, help="steps a turn (default: 20)")
+    parser.add_argument("--warmup", type=int, default=5, help="of which so many are not counted (default: 5)")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
+    parser.add_argument("--zero-stage", type=int, default=1)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    arguments = parser.parse_args(argv)
+    if arguments.warmup >= arguments.steps:
+        raise UserError("--warmup must be smaller than --steps")
+    from torch._dynamo.utils import counters
+
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {policy: _config(arguments, policy, folder) for policy in arguments.routing}
+    first = runs[arguments.routing[0]]
+    world = groups.start(first.parallel)
+    vocab_size = first.model.vocab_size or 0
+    engine = create_engine(first, vocab_size, world.device)
+    found: dict[str, list[_Watch]] = {policy: [] for policy in runs}
+    compiled = 0
+    for turn in range(arguments.rounds + 1):  # the first compiles
+        if turn == 1:
+            compiled = counters["stats"]["unique_graphs"]
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+        for policy, run in runs.items():
+            last = turn == arguments.rounds and arguments.profile
+            found[policy].append(_measure(engine, run, world, arguments.warmup, last))
+    flops = flops_per_token(first.model, vocab_size, first.data.sequence_length)
+    peak = peak_flops(world.device)
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    report: dict[str, Any] = {
+        "what": "skv-dist", "device": device, "software": software(), "command": " ".join(argv),
+        "flops_per_token": flops, "recompiled": counters["stats"]["unique_graphs"] - compiled,
+    }  # fmt: skip
+    for policy, watches in found.items():
+        rates = [float(m["tokens_per_second"]) for w in watches[1:] for m in w.metrics[arguments.warmup : -1]]
+        rate = statistics.median(rates)
+        steps = sum(len(w.metrics) - arguments.warmup for w in watches[1:])
+        report[policy] = {
+            "tokens_per_second": rate, "tflops": rate * flops / 1e12, "mfu": rate * flops / peak if peak else None,
+            "peak_gib": float(watches[-1].metrics[-1]["peak_memory_bytes"]) / 2**30,
+            "waits_per_step": sum(w.waits for w in watches[1:]) / steps,
+            "losses": [m["loss"] for m in watches[0].metrics],
+            "milliseconds": watches[-1].kinds, "kernels": watches[-1].kernels[:30],
+        }  # fmt: skip
+        print(f"{policy}: {rate:,.0f} tokens/s, {report[policy]['waits_per_step']:.2f} waits a step", flush=True)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    engine.close()
+    groups.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
