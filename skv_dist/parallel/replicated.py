@@ -19,7 +19,7 @@ from skv_dist.parallel.tied import TiedHead
 
 
 class ReplicatedEngine(Engine):
-    """fp32 masters and one flat fp32 gradient buffer. Nothing in a step waits for the device."""
+    """fp32 masters, and gradients summed in fp32. Nothing in a step waits for the device."""
 
     def __init__(self, run: RunConfig, vocab_size: int, device: torch.device) -> None:
         self.root = build_root(run, vocab_size, device)
@@ -32,11 +32,12 @@ class ReplicatedEngine(Engine):
         with torch.no_grad():
             for parameter, value in local_initial_values(run, self.root, vocab_size):
                 parameter.copy_(value)
-        self._buffer = torch.empty(sum(p.numel() for p in self._parameters), device=device)
-        sizes = [p.numel() for p in self._parameters]
-        views = [v.view_as(p) for v, p in zip(self._buffer.split(sizes), self._parameters)]
-        self._gradients = dict(zip(self._parameters, views))
-        self._without = set(self._parameters)  # those that have no gradient yet: the buffer holds an old one
+        # The gradient of a batch: of the first micro-batch as it came, then the sum in `_buffer`, which is there from
+        # the second micro-batch, or else the update, to the end of the update.
+        self._first: dict[torch.Tensor, torch.Tensor] = {}
+        self._sums: dict[torch.Tensor, torch.Tensor] = {}
+        self._summed: set[torch.Tensor] = set()
+        self._buffer = torch.empty(0)
         self._master_of: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         for parameter in self._parameters:
             same = parameter.dtype == torch.float32
@@ -47,35 +48,45 @@ class ReplicatedEngine(Engine):
         counted = parallel_state.get_tensor_model_parallel_rank() == 0
         self.tied = TiedHead(self.root)
         self.tied.refresh()
-        self._normed = [
-            self._gradients[p] for p in self._parameters if counted or p.tensor_model_parallel  # type: ignore[attr-defined]
-        ]
+        self._normed = [p for p in self._parameters if counted or p.tensor_model_parallel]  # type: ignore[attr-defined]
 
+    @torch.no_grad()
     def _accumulate(self, parameter: torch.Tensor) -> None:
-        assert isinstance(parameter, torch.nn.Parameter)
-        assert parameter.grad is not None
-        if parameter in self._without:
-            self._gradients[parameter].copy_(parameter.grad)
-            self._without.remove(parameter)
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if parameter in self._summed:
+            self._sums[parameter].add_(gradient)
+        elif parameter in self._first:
+            self._allocate()
+            self._sums[parameter].copy_(self._first.pop(parameter)).add_(gradient)
+            self._summed.add(parameter)
         else:
-            self._gradients[parameter].add_(parameter.grad)
-        parameter.grad = None
+            self._first[parameter] = gradient
+
+    def _allocate(self) -> None:
+        if not self._sums:
+            sizes = [parameter.numel() for parameter in self._parameters]
+            self._buffer = torch.empty(sum(sizes), device=self._parameters[0].device)
+            views = self._buffer.split(sizes)
+            self._sums = {p: view.view_as(p) for p, view in zip(self._parameters, views)}
 
     def forward(self, chunk: int | None, *args: Any) -> torch.Tensor:
         return self.root(chunk, *args)
 
-    @torch.no_grad()
     def _reduce(self) -> None:
-        for parameter in self._without:
-            self._gradients[parameter].zero_()
-        self._without = set(self._parameters)
+        self._allocate()
+        if self._first:
+            torch._foreach_copy_([self._sums[p] for p in self._first], list(self._first.values()))
+        for parameter in self._parameters:
+            if parameter not in self._first and parameter not in self._summed:
+                self._sums[parameter].zero_()
         if self._data_group.size() > 1:
             for part in self._buffer.split(self._bucket):
                 dist.all_reduce(part, group=self._data_group)
             self._buffer.div_(self._data_group.size())
 
     def _norm(self) -> torch.Tensor:
-        norm = torch.nn.utils.get_total_norm(self._normed)
+        norm = torch.nn.utils.get_total_norm([self._sums[parameter] for parameter in self._normed])
         if self._model_group.size() > 1:
             norm.square_()
             dist.all_reduce(norm, group=self._model_group)
@@ -88,7 +99,7 @@ class ReplicatedEngine(Engine):
         norm = self._norm()
         applied = norm.isfinite() & ~torch.as_tensor(leave_out, device=norm.device)
         for parameter, master in self._master_of.items():
-            master.grad = self._gradients[parameter]
+            master.grad = self._sums[parameter]
         # As torch's GradScaler tells a fused optimizer, on the device, to divide gradients and to leave a step out.
         self.optimizer.found_inf = (~applied).float()
         if self._clip > 0:
@@ -96,6 +107,7 @@ class ReplicatedEngine(Engine):
         self.optimizer.step()
         for master in self._master_of.values():
             master.grad = None
+        self._first, self._sums, self._summed, self._buffer = {}, {}, set(), torch.empty(0)
         copied: list[torch.Tensor] = [p for p, master in self._master_of.items() if master is not p]
         if copied:
             torch._foreach_copy_(copied, [self._master_of[p] for p in copied])  # type: ignore[index]
