@@ -13,8 +13,9 @@ from tests.training.runs import start
 TIMEOUT_MINUTES = 1.0
 
 
-@pytest.mark.parametrize("victim", [0, 3])
-def test_the_others_name_the_process_that_was_killed(tmp_path: Path, victim: int) -> None:
+@pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (3, signal.SIGKILL), (3, signal.SIGSTOP)])
+def test_the_others_name_the_process_that_was_lost(tmp_path: Path, victim: int, how: signal.Signals) -> None:
+    """Stopped, it fails no transfer of the others: they wait for it, as a GPU waits for a process that was killed."""
     (tmp_path / "text.txt").write_text("a few words\n" * 500)
     given: dict[str, Any] = jobs.config(
         data={
@@ -33,14 +34,15 @@ def test_the_others_name_the_process_that_was_killed(tmp_path: Path, victim: int
             assert all(process.poll() is None for process in processes)
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        processes[victim].send_signal(signal.SIGKILL)
+        processes[victim].send_signal(how)
         for rank, process in enumerate(processes):
+            if rank == victim:
+                continue
             printed, _ = process.communicate(timeout=60 * TIMEOUT_MINUTES + 30)
-            if rank != victim:
-                assert process.returncode == 2, printed
-                stage, replica = divmod(victim, 2)
-                assert f"contact was lost with rank {victim} (stage {stage}, replica {replica}, tensor" in printed
-                assert "Traceback" not in printed
+            assert process.returncode == 2, printed
+            stage, replica = divmod(victim, 2)
+            assert f"contact was lost with rank {victim} (stage {stage}, replica {replica}, tensor" in printed
+            assert "Traceback" not in printed
     finally:
         for process in processes:
             process.kill()
