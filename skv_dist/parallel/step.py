@@ -76,7 +76,8 @@ def run_batch(
 
         return out, loss
 
-    engine.root.train(train)
+    if engine.root.training != train:  # it walks through all modules
+        engine.root.train(train)
     stage, last = parallel_state.get_pipeline_model_parallel_rank(), run.parallel.pipeline - 1
     communicator = WireCommunicator(
         parallel_state.get_pipeline_model_parallel_group(), chunks[0].config,

@@ -15,14 +15,15 @@ _PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A
 def flops_per_token(model: ModelConfig, vocab_size: int, sequence_length: int) -> float:
     """Model FLOPs of forward and backward per token: 6 per matrix weight, plus attention, without recomputation.
 
-    As in PaLM (Chowdhery et al., arXiv 2204.02311, appendix B), which counts attention over the whole square.
+    As in PaLM (Chowdhery et al., arXiv 2204.02311, appendix B), but of attention the causal half, which is what is
+    computed. Keys and values that nobody reads count as if they were computed.
     """
     width = model.kv_channels
     queries, keys = model.num_attention_heads * width, model.num_kv_heads * width
     attention = model.hidden_size * (queries + 2 * keys) + queries * model.hidden_size
     mlp = (3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size
     weights = model.num_layers * (attention + mlp) + vocab_size * model.hidden_size
-    return 6.0 * weights + 12.0 * model.num_layers * queries * sequence_length
+    return 6.0 * weights + 6.0 * model.num_layers * queries * sequence_length
 
 
 def peak_flops(device: torch.device) -> float | None:

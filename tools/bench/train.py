@@ -174,7 +174,7 @@ def main(argv: list[str]) -> int:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
         for policy, run in runs.items():
-            last = turn == arguments.rounds and arguments.profile
+            last = turn == arguments.rounds and arguments.profile and world.device.type == "cuda"
             found[policy].append(_measure(engine, run, world, arguments.warmup, last))
     flops = flops_per_token(first.model, vocab_size, first.data.sequence_length)
     peak = peak_flops(world.device)
@@ -188,7 +188,8 @@ def main(argv: list[str]) -> int:
         rate = statistics.median(rates)
         steps = sum(len(w.metrics) - arguments.warmup for w in watches[1:])
         report[policy] = {
-            "tokens_per_second": rate, "tflops": rate * flops / 1e12, "mfu": rate * flops / peak if peak else None,
+            "tokens_per_second": rate, "model_tflops_per_second": rate * flops / 1e12,
+            "mfu": rate * flops / peak if peak else None,
             "peak_gib": float(watches[-1].metrics[-1]["peak_memory_bytes"]) / 2**30,
             "waits_per_step": sum(w.waits for w in watches[1:]) / steps,
             "losses": [m["loss"] for m in watches[0].metrics],

@@ -1,0 +1,372 @@
+"""Prefill and decoding of an exported model whose layers share K/V in groups of g: memory, latency, speed.
+
+    python -m skv_tools.bench.decode --out decode.md                    # Qwen3-8B's shape, 8K batch 1 first
+    python -m skv_tools.bench.decode --eager --minutes 3 --out eager.md
+    python -m skv_tools.bench.decode --shape tiny --out /tmp/tiny.md    # tries the command on a CPU
+
+The model is the exported one (`skv_tools.engines.modeling_skv`) in bf16 with random weights; g=1 is the same code with
+every layer its own source. One set of weights serves all g. Measured per cell (context, batch), mode and g: bytes that
+the cache holds, from its storages; TTFT, the prefill and its argmax, where logits are made of the last position only;
+decoding speed, greedy, the argmax fed back on the device without a host synchronization; peak allocated memory.
+
+Modes: `eager` is transformers' DynamicCache and nothing compiled. `compiled` is its StaticCache, with norms and MLPs
+compiled and the whole decoding step replayed as one CUDA graph; with --whole-model `torch.compile` of the step in mode
+"reduce-overhead", which takes about a minute a row. With a StaticCache transformers' sdpa gets a mask, and
+before 5.23 (under torch.compile, also after) copies K/V to all query heads for every layer and token; `--attention
+grouped`, the default of `compiled`, multiplies grouped queries with the cache as it lies. Rows are written as found.
+"""
+
+import argparse
+import datetime
+import gc
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from skv_dist.errors import command
+
+from ..engines.modeling_skv import SkvConfig, SkvForCausalLM
+from .shapes import SHAPES
+
+GROUPS = (1, 4, 2, 8)
+WARM_TOKENS = 4  # decoded before the clock starts
+HEADER = (
+    "| context | batch | mode | g | KV MiB | KV of g=1 | TTFT ms | decode tok/s per sequence | of g=1 | decode tok/s, "
+    "all | peak GiB |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table: ``mode`` is eager or compiled."""
+
+    context: int
+    batch: int
+    mode: str
+    group: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured: bytes, seconds, tokens/s of one sequence, bytes (None on a CPU)."""
+
+    kv_bytes: int
+    ttft: float
+    rate: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells have in common."""
+
+    device: torch.device
+    vocab_size: int
+    tokens: int
+    attention: str | None
+    whole_model: bool
+
+
+def cells(scale: int, modes: list[str]) -> list[Cell]:
+    """In order of importance; ``scale`` divides the contexts."""
+    settings = [(8192, 1), (2048, 1), (32768, 1), (8192, 16), (8192, 4), (8192, 32), (8192, 8), (8192, 2)]
+    return [
+        Cell(context // scale, batch, mode, group)
+        for context, batch in settings
+        for mode in modes
+        if mode == "eager" or batch in (1, 16)  # each row of the other costs compilation or capture
+        for group in GROUPS
+    ]
+
+
+def grouped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' sdpa, but a decoding step under a mask reads K/V in place: no copy for each query head.
+
+    query [b, q, 1, d], key and value [b, k, s, d], mask [b or 1, 1, 1, s] (bool) -> [b, 1, q, d].
+    """
+    if query.shape[2] != 1 or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    batch, heads, _, width = query.shape
+    grouped = query.view(batch, key.shape[1], heads // key.shape[1], width)  # [b, k, q/k, d]
+    scores = (grouped @ key.transpose(2, 3)).float() * kwargs["scaling"]  # [b, k, q/k, s]
+    scores = scores.masked_fill(~attention_mask, torch.finfo(torch.float32).min)
+    out = scores.softmax(-1).to(value.dtype) @ value
+    return out.view(batch, 1, heads, width), None
+
+
+def build_full(shape: dict[str, Any], device: torch.device) -> SkvForCausalLM:
+    """The model of g=1 with random weights in bf16."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            model = SkvForCausalLM(_config(shape, 1))
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval().requires_grad_(False)
+
+
+def build_group(shape: dict[str, Any], full: SkvForCausalLM, group: int) -> SkvForCausalLM:
+    """The model of group size ``group`` over the weights of ``full``."""
+    with torch.device("meta"):
+        model = SkvForCausalLM(_config(shape, group))
+    weights = full.state_dict()
+    model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = full.model.rotary_emb  # its buffers are in no state_dict
+    return model.eval().requires_grad_(False)
+
+
+def _config(shape: dict[str, Any], group: int) -> SkvConfig:
+    layers = shape["num_layers"]
+    return SkvConfig(
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["ffn_hidden_size"],
+        num_hidden_layers=layers,
+        num_attention_heads=shape["num_attention_heads"],
+        num_key_value_heads=shape["num_kv_heads"],
+        head_dim=shape["head_dim"],
+        max_position_embeddings=65536,
+        tie_word_embeddings=shape["tie_embeddings"],
+        qk_norm=shape["qk_norm"],
+        rope_parameters={"rope_type": "default", "rope_theta": shape["rope_theta"]},
+        kv_source_layers=[layer - layer % group for layer in range(layers)],
+        attn_implementation="sdpa",
+    )
+
+
+class CompiledParts:
+    """Norms and MLPs compiled, whose code all layers and models have in common: seconds instead of minutes."""
+
+    def __init__(self, models: list[SkvForCausalLM]) -> None:
+        kinds = (LlamaMLP, LlamaRMSNorm)
+        self.parts = [part for model in models for part in model.modules() if isinstance(part, kinds)]
+        for part in self.parts:
+            part.compile()
+        self.compiled = [part._compiled_call_impl for part in self.parts]
+
+    def use(self, on: bool) -> None:
+        for part, compiled in zip(self.parts, self.compiled):
+            part._compiled_call_impl = compiled if on else None
+
+
+def kv_bytes(cache: Any) -> int:
+    """Size of the storages behind the cache, each once."""
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def measure(bench: Bench, model: SkvForCausalLM, cell: Cell) -> Figures:
+    """One row. Its caches are gone when it returns."""
+    on_gpu = bench.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    model.set_attn_implementation(bench.attention or ("sdpa" if cell.mode == "eager" else "grouped"))
+    generator = torch.Generator(bench.device).manual_seed(0)
+    prompt = torch.randint(
+        0, bench.vocab_size, (cell.batch, cell.context), generator=generator, device=bench.device
+    )
+    work = cell.context * cell.batch
+    passes = 3 if work <= 16384 else 2 if work <= 32768 or cell.mode == "compiled" else 1
+    ttft = []
+    cache = token = None
+    for _ in range(passes):
+        cache = token = None  # before the next one is made
+        cache = _new_cache(model, cell, bench.tokens)
+        _synchronize(bench.device)
+        began = time.perf_counter()
+        token = _step(model, cache, prompt)
+        _synchronize(bench.device)
+        ttft.append(time.perf_counter() - began)
+    assert token is not None
+    decode = _decoder(bench, model, cell, cache, token)
+    _synchronize(bench.device)
+    began = time.perf_counter()
+    for _ in range(bench.tokens):
+        decode()
+    _synchronize(bench.device)
+    rate = bench.tokens / (time.perf_counter() - began)
+    return Figures(
+        kv_bytes(cache),
+        statistics.median(ttft[1:] or ttft),
+        rate,
+        torch.cuda.max_memory_allocated() if on_gpu else None,
+    )
+
+
+def _new_cache(model: SkvForCausalLM, cell: Cell, tokens: int) -> Any:
+    if cell.mode == "eager":
+        return DynamicCache(config=model.config)
+    length = cell.context + tokens + 2 * WARM_TOKENS
+    return StaticCache(config=model.config, max_cache_len=-(-length // 64) * 64)
+
+
+def _step(model: SkvForCausalLM, cache: Any, tokens: Tensor) -> Tensor:
+    """tokens [b, s] -> the most likely next one [b, 1]."""
+    out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1:].argmax(-1)
+
+
+def _decoder(bench: Bench, model: SkvForCausalLM, cell: Cell, cache: Any, first: Tensor) -> Callable[[], object]:
+    """A function that decodes one more token; warmed up."""
+    token = first.clone()
+    step = _step
+    if cell.mode == "compiled" and bench.whole_model:
+        step = torch.compile(_step, mode="reduce-overhead", dynamic=False)
+
+    def decode() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        token.copy_(step(model, cache, token))
+
+    for _ in range(WARM_TOKENS):
+        decode()
+    if cell.mode == "eager" or bench.whole_model or bench.device.type != "cuda":
+        return decode
+    return _captured(decode)
+
+
+def _captured(decode: Callable[[], None]) -> Callable[[], object]:
+    """``decode`` as one CUDA graph: its inputs and outputs are tensors that stay where they are."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_TOKENS - 1):
+            decode()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode()
+    graph.replay()
+    return graph.replay
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def attempt(bench: Bench, model: SkvForCausalLM, cell: Cell) -> Figures | str:
+    """The figures, or in a few words why there are none."""
+    found: Figures | str
+    try:
+        with torch.no_grad():
+            found = measure(bench, model, cell)
+    except torch.OutOfMemoryError:
+        found = "out of memory"
+    except RuntimeError as error:
+        found = f"failed: {str(error).splitlines()[0]}"
+    # Outside the handlers, whose traceback holds the cell's tensors.
+    if bench.whole_model:
+        torch.compiler.reset()  # frees what its CUDA graphs hold
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def row(cell: Cell, found: Figures | str, whole: Figures | str | None) -> str:
+    """A line of the table; ``whole``: what g=1 gave in the same cell."""
+    start = f"| {cell.context} | {cell.batch} | {cell.mode} | {cell.group} |"
+    if isinstance(found, str):
+        return f"{start} {found} | – | – | – | – | – | – |"
+    memory = speed = "–"
+    if isinstance(whole, Figures):
+        memory, speed = f"{found.kv_bytes / whole.kv_bytes:.3f}", f"{found.rate / whole.rate:.2f}"
+    peak = "–" if found.peak_bytes is None else f"{found.peak_bytes / 2**30:.1f}"
+    return (
+        f"{start} {found.kv_bytes / 2**20:.1f} | {memory} | {found.ttft * 1e3:.1f} | {found.rate:.1f} | {speed} | "
+        f"{found.rate * cell.batch:.1f} | {peak} |"
+    )
+
+
+def heading(bench: Bench, shape: str) -> str:
+    """Everything that the figures depend on, and the head of the table."""
+    device = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "CPU"
+    attention = bench.attention or "sdpa in eager, grouped in compiled"
+    compiled = (
+        "the step under torch.compile(mode='reduce-overhead')"
+        if bench.whole_model
+        else "norms and MLPs compiled, one CUDA graph a step (no graph on a CPU)"
+    )
+    return (
+        f"{datetime.date.today()}, {device}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}; {shape}, bf16, random weights, {bench.tokens} decoded tokens; "
+        f"attention {attention}; compiled: StaticCache, {compiled}. Peak memory includes the weights of g=1, K/V "
+        f"projections of all layers.\n\n`python -m skv_tools.bench.decode {' '.join(sys.argv[1:])}`\n\n{HEADER}\n"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="decode", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b", help="tiny: contexts are 1/64 as long")
+    parser.add_argument("--eager", action="store_true", help="only the eager mode")
+    parser.add_argument("--compiled", action="store_true", help="only the compiled mode")
+    parser.add_argument("--attention", choices=["sdpa", "grouped"], help="in both modes (default: see above)")
+    parser.add_argument("--whole-model", action="store_true", help="compile the step as a whole")
+    parser.add_argument("--tokens", type=int, default=64, help="decoded in each cell (default: 64)")
+    parser.add_argument("--minutes", type=float, default=1e9, metavar="M", help="start no further row after that")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.md")
+    return parser
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> None:
+    """All cells, each row written as soon as it is known."""
+    ends = time.monotonic() + 60 * arguments.minutes
+    shape = SHAPES[arguments.shape]
+    bench = Bench(device, shape["vocab_size"], arguments.tokens, arguments.attention, arguments.whole_model)
+    modes = [mode for mode in ("eager", "compiled") if getattr(arguments, mode)] or ["eager", "compiled"]
+    torch._dynamo.config.recompile_limit = 64
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
+    full = build_full(shape, device)
+    models = {group: build_group(shape, full, group) for group in GROUPS}
+    del full
+    found: dict[Cell, Figures | str] = {}
+    with arguments.out.open("w") as file:
+        _write(file, heading(bench, arguments.shape))
+        parts = None if arguments.whole_model else CompiledParts(list(models.values()))
+        for cell in cells(64 if arguments.shape == "tiny" else 1, modes):
+            if time.monotonic() > ends:
+                _write(file, f"\nStopped after {arguments.minutes:g} minutes, before {cell}.\n")
+                break
+            if parts is not None:
+                parts.use(cell.mode == "compiled")
+            found[cell] = attempt(bench, models[cell.group], cell)
+            whole = found.get(Cell(cell.context, cell.batch, cell.mode, 1))
+            _write(file, row(cell, found[cell], whole) + "\n")
+
+
+def _write(file: Any, text: str) -> None:
+    file.write(text)
+    file.flush()
+    print(text, end="", flush=True)
+
+
+@command
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    run(arguments, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
