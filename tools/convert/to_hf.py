@@ -1,14 +1,14 @@
 """A checkpoint of any layout to a folder that inference engines load."""
 
 import json
+import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from skv_dist.config.load import load_config
 from skv_dist.config.model import ModelConfig
@@ -23,6 +23,7 @@ from .names import Entry, entries, is_left_out, shapes, split
 from .tokenizer import save_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 ENGINES = Path(engines.__file__).parent
 CODE = ("modeling_skv.py", "mlx_skv.py")  # what travels with a shared model
 
@@ -100,7 +101,7 @@ def write_weights(
     shards: list[list[Entry]] = [[]]
     held = total = 0
     for entry in entries(model):
-        more = sum(count * size for _, count in _kept(entry, model, vocab_size, owners))
+        more = sum(math.prod(shape) * size for _, shape in _kept(entry, model, vocab_size, owners))
         if shards[-1] and held + more > export.shard_bytes:
             shards.append([])
             held = 0
@@ -109,24 +110,37 @@ def write_weights(
     places = {}
     for number, part in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for entry in part:
-            kept = {name for name, _ in _kept(entry, model, vocab_size, owners)}
-            for name, tensor in zip(entry.theirs, read(entry) if kept else ()):
-                if name in kept:
-                    # A clone: a slice would keep its fused whole in memory.
-                    tensors[name] = tensor.to(DTYPES[dtype], copy=True).contiguous()
-        save_file(tensors, out / file, metadata={"format": "pt"})
-        places.update(dict.fromkeys(tensors, file))
+        kept = {name: shape for entry in part for name, shape in _kept(entry, model, vocab_size, owners)}
+        found = (pair for entry in part if kept.keys() & entry.theirs for pair in zip(entry.theirs, read(entry)))
+        _write_file(out / file, kept, dtype, ((name, tensor) for name, tensor in found if name in kept))
+        places.update(dict.fromkeys(kept, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
 
 
+def _write_file(
+    file: Path, shapes: dict[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """safetensors, written as the tensors come: `safetensors.torch.save_file` wants all of a file's in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {"dtype": _SAFETENSORS[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for (name, tensor), expected in zip(tensors, shapes, strict=True):
+            assert (name, tuple(tensor.shape)) == (expected, shapes[name])
+            stream.write(tensor.to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data)
+
+
 def _kept(
     entry: Entry, model: ModelConfig, vocab_size: int, owners: Sequence[int] | None
-) -> Iterator[tuple[str, int]]:
-    """Names and numbers of elements of what an entry contributes."""
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what an entry contributes."""
     for name, shape in zip(entry.theirs, shapes(entry, model, vocab_size)):
         if not is_left_out(name, owners):
-            yield name, torch.Size(shape).numel()
+            yield name, shape

@@ -1,6 +1,7 @@
 """Whether an exported model is the checkpoint it came from, in the engine that serves it."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from .to_hf import CODE, DTYPES, ENGINES, Export, write_weights
 Array = npt.NDArray[np.float32]
 Map = tuple[int, ...]
 
+ENVIRONMENT = dict(os.environ)  # before process groups add a launcher's variables, which engines would heed
 RUNNERS = {name: f"run_{name}.py" for name in ("transformers", "onnx", "mlx", "vllm")}
 TOLERANCE = 1e-4  # largest difference of a log-probability, float32
 TEXT = (
@@ -208,11 +210,16 @@ def _run(engine: str, python: str, folder: Path, tokens: Path, out: Path, *more:
     """The arrays that the engine's runner writes."""
     command = [python, str(ENGINES / RUNNERS[engine]), str(folder), str(tokens), str(out), *more]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     except OSError as error:
         raise UserError(f"--python {python} cannot be run: {error.strerror}") from error
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise UserError(f"{engine} cannot run {folder}: {lines[-1]}")
+        raise UserError(f"{engine} cannot run {folder}: {last_error(done.stderr)}")
     with np.load(out) as arrays:
         return dict(arrays)
+
+
+def last_error(printed: str) -> str:
+    """The last line that names an error; vLLM's progress bars come after it."""
+    lines = printed.strip().splitlines() or ["it failed and said nothing"]
+    return next((line for line in reversed(lines) if "Error: " in line), lines[-1])

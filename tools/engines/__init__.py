@@ -1,1 +1,1 @@
-"""What runs an exported model in each inference engine. Each module imports its engine, and nothing of skv_dist."""
+"""What runs an exported model in each inference engine, importing nothing of skv_dist; `compare` runs them all."""

@@ -191,7 +191,6 @@ class SkvPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SkvDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keys_to_ignore_on_load_unexpected = [r"self_attn\.(k_proj|v_proj|k_norm)\."]  # of layers that share
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -203,6 +202,11 @@ class SkvModel(SkvPreTrainedModel):
     def __init__(self, config: SkvConfig) -> None:
         config.resolve_sharing()
         super().__init__(config)
+        # What an adaptive folder holds for layers that share. Of no other: vLLM's Transformers backend drops all that
+        # is named here, whether the model has a place for it or not.
+        shared = "|".join(str(layer) for layer, source in enumerate(config.sources) if source != layer)
+        if shared:
+            self._keys_to_ignore_on_load_unexpected = [rf"layers\.({shared})\.self_attn\.(k_proj|v_proj|k_norm)\."]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(SkvDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -20,6 +20,8 @@ import numpy as np
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# On CPUs vLLM wants a NUMA node for each worker otherwise.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 _CACHE_BYTES = 2**30
 
