@@ -1,5 +1,6 @@
 """``model``: the shape of the transformer."""
 
+import json
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -34,13 +35,14 @@ class ModelConfig(Section):
     max_position_embeddings: int = Field(default=32768, gt=0)
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = Field(default=1e-6, gt=0)
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
     qk_norm: bool = False
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    block: Literal["llama", "gemma4"] = "llama"
     init_std: float = Field(default=0.02, gt=0)
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
@@ -52,7 +54,24 @@ class ModelConfig(Section):
     @property
     def gated(self) -> bool:
         """Whether the MLP is gated: fused gate and up projections."""
-        return self.activation == "swiglu"
+        return self.activation in ("swiglu", "geglu")
+
+    @model_validator(mode="after")
+    def _block_is_whole(self) -> "ModelConfig":
+        if self.block == "gemma4":
+            needed: dict[str, str | bool | None] = {
+                "norm": "rmsnorm", "activation": "geglu", "qk_norm": True, "rope_scaling": None
+            }  # fmt: skip
+            for key, value in needed.items():
+                if getattr(self, key) != value:
+                    found, wanted = getattr(self, key), json.dumps(value)
+                    raise ValueError(f"block 'gemma4' does not go with {key} {found!r}: set {key}={wanted}")
+            if self.transformer_impl == "transformer_engine":
+                raise ValueError(
+                    "block 'gemma4' and transformer_impl 'transformer_engine' do not work together: set "
+                    "transformer_impl=local"
+                )
+        return self
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "ModelConfig":

@@ -1,6 +1,6 @@
 """Attention whose K/V may come from an earlier layer.
 
-The routing point is behind k-norm and rotary positions: what a layer lends is the object that a cache would hold
+The routing point is behind the norms and rotary positions: what a layer lends is the object that a cache would hold
 (METHOD.md). Megatron's `SelfAttention` gives the projections and the tensor-parallel split; only the walk through
 them is ours, so that K/V are arguments and results instead of hidden state.
 """
@@ -24,7 +24,7 @@ from skv_dist.model.rotary import rotate
 
 @dataclass(frozen=True)
 class KV:
-    """Keys and values of one layer on this rank, each [s, b, k, d], after k-norm and rotary positions.
+    """Keys and values of one layer on this rank, each [s, b, k, d], after norms and rotary positions.
 
     Not a tuple: into tuples, lists and dicts ZeRO-3 looks for tensors to hang its hooks on. With K/V among them the
     number of hooks that fire would follow the route table, and replicas with other routes would fall out of step.
@@ -92,6 +92,7 @@ class RoutedSelfAttention(SelfAttention):
     # Set once by the chunk from train.recompute, not through Megatron's config: Megatron's own recompute region would
     # hold the borrowed K/V by closure, and their gradients would vanish without an error (RECIPE.md).
     recompute_core = False
+    value_norm_eps: float | None = None  # of a norm without weight on each head's values, where the block has one
 
     def forward(
         self,
@@ -119,6 +120,8 @@ class RoutedSelfAttention(SelfAttention):
             own = None
         else:
             query, key, value = self.get_query_key_value_tensors(hidden)
+            if self.value_norm_eps is not None:
+                value = F.rms_norm(value, value.shape[-1:], eps=self.value_norm_eps)
             own = KV(rotate(key, rotary), value)
             unread = () if borrowed is None or read_by_others else (own.key, own.value)
         query = rotate(query, rotary)

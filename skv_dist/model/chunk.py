@@ -82,6 +82,10 @@ class RoutedChunk(MegatronModule):
                 for layer in range(self.first_layer, self.last_layer)
             }
         )
+        layer: Any
+        if model.block == "gemma4":
+            for layer in self.layers.values():
+                layer.become_gemma4(model.norm_eps)
         if self.has_head:
             self.final_norm = norm_class(model)(config, model.hidden_size, model.norm_eps)
             self.output_layer = ColumnParallelLinear(
@@ -89,7 +93,6 @@ class RoutedChunk(MegatronModule):
                 skip_weight_param_allocation=model.tie_embeddings, tp_group=self.tp_group,
             )  # fmt: skip
         if run.train.recompute == "selective":
-            layer: Any
             for layer in self.layers.values():
                 layer.self_attention.recompute_core = "core_attn" in run.train.recompute_modules
                 layer.recompute_mlp_region = "mlp" in run.train.recompute_modules
@@ -164,6 +167,9 @@ class RoutedChunk(MegatronModule):
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.embedding(tokens)
+        if self._model.block == "gemma4":
+            scale = torch.tensor(self._model.hidden_size**0.5, dtype=hidden.dtype)  # rounded, as transformers does
+            hidden = hidden * scale.item()
         if not self.config.sequence_parallel:
             hidden = hidden.transpose(0, 1).contiguous()  # [b, s, h] -> [s, b, h]; with SP the scatter does it
         return torch.nn.functional.dropout(hidden, self.config.hidden_dropout, self.training)

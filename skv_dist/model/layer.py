@@ -7,6 +7,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from skv_dist.model.attention import KV
+from skv_dist.model.norm import RMSNorm
 
 
 class RoutedLayer(TransformerLayer):
@@ -16,6 +17,22 @@ class RoutedLayer(TransformerLayer):
     """
 
     recompute_mlp_region = False  # set once by the chunk from train.recompute
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Norms of what attention and MLP add to the residual stream, where the block has them (`become_gemma4`).
+        self.post_attention_norm: torch.nn.Module = torch.nn.Identity()
+        self.post_mlp_norm: torch.nn.Module = torch.nn.Identity()
+
+    def become_gemma4(self, eps: float) -> None:
+        """Gemma 4's block in its plain form: norms also behind attention and MLP, values normed, scores not scaled.
+
+        As transformers' ``Gemma4TextDecoderLayer`` without per-layer inputs, experts and sliding windows.
+        """
+        self.post_attention_norm = RMSNorm(self.config, self.config.hidden_size, eps)
+        self.post_mlp_norm = RMSNorm(self.config, self.config.hidden_size, eps)
+        self.self_attention.value_norm_eps = eps
+        self.self_attention.core_attention.softmax_scale = 1.0
 
     def forward(
         self,
@@ -30,7 +47,7 @@ class RoutedLayer(TransformerLayer):
             self.input_layernorm(hidden), rotary, mask, borrowed, read_by_others
         )
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        hidden = add((attended, bias), hidden, self.hidden_dropout)
+        hidden = add((self.post_attention_norm(attended), bias), hidden, self.hidden_dropout)
 
         normed = self.pre_mlp_layernorm(hidden)
         if self.recompute_mlp_region and self.training:
@@ -38,4 +55,4 @@ class RoutedLayer(TransformerLayer):
         else:
             transformed, bias = self.mlp(normed)
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
-        return add((transformed, bias), hidden, self.hidden_dropout), own
+        return add((self.post_mlp_norm(transformed), bias), hidden, self.hidden_dropout), own

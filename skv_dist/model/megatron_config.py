@@ -1,5 +1,6 @@
 """Our configuration in Megatron-core's terms."""
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from skv_dist.model.layer import RoutedLayer
 from skv_dist.model.norm import LayerNorm, RMSNorm
 from skv_dist.model.projection import QkvLinear
 
+_ACTIVATIONS = {"swiglu": F.silu, "geglu": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -47,8 +49,8 @@ def transformer_impl(run: RunConfig) -> str:
         )
     if asked != "auto":
         return asked
-    # Our document mask and our compiled layers are made for the local spec.
-    local = run.data.reset_attention or run.train.compile
+    # Our document mask, our compiled layers and other blocks are made for the local spec.
+    local = run.data.reset_attention or run.train.compile or run.model.block != "llama"
     return "transformer_engine" if has_transformer_engine() and not local else "local"
 
 
@@ -73,7 +75,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         layernorm_epsilon=model.norm_eps,
         qk_layernorm=model.qk_norm,
         gated_linear_unit=model.gated,
-        activation_func=F.silu if model.gated else F.gelu,
+        activation_func=_ACTIVATIONS[model.activation],
         add_bias_linear=False,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
@@ -84,7 +86,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         # The fused SwiGLU is compiled by Inductor, which wants a compiler on a CPU; it does not nest in ours.
-        bias_activation_fusion=on_gpu and model.gated and not run.train.compile,
+        bias_activation_fusion=on_gpu and model.activation == "swiglu" and not run.train.compile,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,

@@ -48,14 +48,14 @@ def test_shipped_configurations_load(tmp_path: Path) -> None:
     for file in (REFERENCE, CONFIGS / "tiny.yaml", CONFIGS / "paper-pretraining.yaml"):
         load_config(file)
     presets = sorted((CONFIGS / "models").glob("*.yaml"))
-    assert len(presets) == 6
+    assert len(presets) == 7
     for preset in presets:
         own = tmp_path / "own.yaml"
         own.write_text(
             f"base: {preset}\ndata: {{sequence_length: 64, sources: [{{path: x, format: text}}]}}\n"
             "train: {steps: 1, output_dir: x, global_batch_size: 1, micro_batch_size: 1}\noptimizer: {lr: 1e-4}\n"
         )
-        assert load_config(own).model.qk_norm == preset.name.startswith("qwen")
+        assert load_config(own).model.qk_norm == preset.name.startswith(("qwen", "gemma4"))
 
 
 def test_the_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
@@ -72,6 +72,7 @@ def test_the_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
         ("train.steps=0", "train.steps"),
         ("train.steps=many", "train.steps"),
         ("parallel.zero_stage=4", "parallel.zero_stage"),
+        ("model.block=gemma4", "block 'gemma4' does not go with activation 'swiglu': set activation=\"geglu\""),
         ("parallel.tensor=3", "model.num_attention_heads 4 is not divisible by parallel.tensor 3"),
         ("parallel.sequence_parallel=true", "needs tensor > 1"),
         ("parallel.pipeline=3", "model.num_layers 8 cannot be split evenly over 3 of parallel.pipeline 3 stages"),

@@ -22,6 +22,7 @@ MAPS = {
     "arbitrary": [0, 1, 0, 1, 4, 4, 4, 1],
 }
 Call = Callable[..., int]
+GEMMA4 = {"block": "gemma4", "activation": "geglu", "qk_norm": True, "tie_embeddings": True}
 
 
 @pytest.fixture
@@ -176,6 +177,29 @@ def test_loading_generating_and_an_adaptive_folder(call: Call, checkpoint: Path,
         AutoModelForCausalLM.from_pretrained(tmp_path / "half", trust_remote_code=True, kv_retention=1.0)
     with pytest.raises(ValueError, match="not one of"):
         load(kv_source_layers=[0, 2, 2, 3, 4, 5, 6, 7])
+
+
+def test_gemma4_blocks_load_in_stock_transformers(
+    call: Call, workers: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained with random routes, over a pipeline; the suffix map is stock Gemma 4's own, and no code travels."""
+    given = settings(
+        text, tmp_path / "run", train={"steps": 2}, parallel={"pipeline": 2, "tensor": 2, "zero_stage": 1},
+        model={**GEMMA4, "init_std": 0.2}, eval={"every": 0},
+    )  # fmt: skip
+    workers(4)(jobs.run_training, given)
+    trained, out = tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "out"
+    layers = jobs.BASE["model"]["num_layers"]
+    assert call("to-hf", trained, out, "--cached-layers", 0, 1, 2) == 0
+    assert f"| transformers | 3 of {layers} |" in capsys.readouterr().out
+    assert not list(out.glob("*.py"))
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["num_kv_shared_layers"]) == ("gemma4_text", layers - 3)
+    assert not any("layers.3.self_attn.k_proj" in name for name in weights_of(out))
+    assert call("to-hf", trained, tmp_path / "other", "--retention", 0.5) == 2
+    assert "cannot be said in Gemma 4's architecture" in capsys.readouterr().err
+    assert call("to-hf", trained, tmp_path / "other", "--adaptive") == 2
+    assert "leave --adaptive and --architecture out" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_refused_in_one_line(

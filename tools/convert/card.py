@@ -33,6 +33,7 @@ def model_card(checkpoint: Path, name: str, config: dict[str, Any], export: Expo
     """
     layers, owners = len(export.sources), sorted(set(export.sources))
     shares = not export.is_stock
+    own_code = config["model_type"] == "skv"
     text = ["---", "library_name: transformers", "tags: [kv-cache-sharing, skv-dist]", "---", "", f"# {name}", ""]
     if not shares:
         text.append(f"Every layer keeps its own KV cache: stock `{config['architectures'][0]}`, no custom code.")
@@ -66,7 +67,7 @@ def model_card(checkpoint: Path, name: str, config: dict[str, Any], export: Expo
         text += ["| " + " | ".join(k.removeprefix("loss@") for k in losses) + " |", "|---" * len(losses) + "|"]
         text += ["| " + " | ".join(f"{value:.4f}" for value in losses.values()) + " |", ""]
     text += ["## Loading", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    custom = ", trust_remote_code=True" if shares else ""
+    custom = ", trust_remote_code=True" if own_code else ""
     text += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")']
     text += [f'model = AutoModelForCausalLM.from_pretrained("{name}"{custom})']
     if export.adaptive:
@@ -75,7 +76,7 @@ def model_card(checkpoint: Path, name: str, config: dict[str, Any], export: Expo
             f'model = AutoModelForCausalLM.from_pretrained("{name}"{custom}, kv_source_layers={list(export.sources)})',
         ]
     text += ["```", ""]
-    if shares:
+    if own_code:
         text += [
             "- transformers 5.17 to 5.23: as above; layers that share hold no cache.",
             f"- vLLM: `pip install 'skv-dist[vllm]'`, then `vllm serve {name} --trust-remote-code`. **Without this "

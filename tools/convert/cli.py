@@ -89,7 +89,7 @@ def _export(arguments: argparse.Namespace) -> None:
         (aside / "README.md").write_text(card, encoding="utf-8")
     size = sum(path.stat().st_size for path in arguments.out.iterdir())
     print(f"{arguments.out}: {config['architectures'][0]}, {config['dtype']}, {size / 2**20:,.1f} MiB")
-    if not export.is_stock:
+    if config["model_type"] == "skv":
         print(f"vLLM saves nothing without its plugin, pip install 'skv-dist[vllm]': see {arguments.out}/README.md")
 
 

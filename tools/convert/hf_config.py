@@ -70,9 +70,47 @@ def model_section(config: dict[str, Any]) -> dict[str, Any]:
 
 def check_exportable(model: ModelConfig) -> None:
     """Raises UserError where neither the stock architectures nor ours for engines can be this model."""
-    for key, wanted in (("norm", "rmsnorm"), ("activation", "swiglu")):
+    for key, wanted in (("norm", "rmsnorm"), ("activation", "geglu" if model.block == "gemma4" else "swiglu")):
         if getattr(model, key) != wanted:
             raise UserError(f"model.{key} is '{getattr(model, key)}', but engines are given '{wanted}' only")
+
+
+def shared_suffix(sources: tuple[int, ...]) -> int:
+    """How many layers at the end read the last one before them: all that Gemma 4's architecture can say of a map.
+
+    Raises:
+        UserError: it is another map.
+    """
+    owners = len(set(sources))
+    if sources != (*range(owners), *[owners - 1] * (len(sources) - owners)):
+        raise UserError(
+            f"kv_source_layers {list(sources)} cannot be said in Gemma 4's architecture, where the last layers share "
+            "the K/V of the last one before them: use --cached-layers 0 1 ... N"
+        )
+    return len(sources) - owners
+
+
+def gemma4_fields(model: ModelConfig, vocab_size: int, sources: tuple[int, ...]) -> dict[str, Any]:
+    """Gemma 4's text model in its plain form: full attention everywhere, per-layer inputs that add nothing, no experts.
+
+    Raises:
+        UserError: the map is no suffix.
+    """
+    rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+    return {
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "global_head_dim": model.kv_channels,
+        "layer_types": ["full_attention"] * model.num_layers,
+        "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+        "sliding_window": model.max_position_embeddings,
+        "hidden_size_per_layer_input": 1,
+        "vocab_size_per_layer_input": vocab_size,
+        "use_double_wide_mlp": False,
+        "num_kv_shared_layers": shared_suffix(sources),
+        "final_logit_softcapping": None,
+    }
 
 
 def stock_architecture(model: ModelConfig, asked: str | None) -> str:

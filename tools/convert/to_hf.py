@@ -17,7 +17,7 @@ from skv_dist.training import checkpoint_files as files
 from skv_dist.training.checkpoint import read_tensors, tensor_shapes
 
 from .. import engines
-from .hf_config import check_exportable, hf_config, shared_fields, stock_architecture, stock_fields
+from .hf_config import check_exportable, gemma4_fields, hf_config, shared_fields, stock_architecture, stock_fields
 from .hf_folder import INDEX, SINGLE
 from .names import Entry, entries, is_left_out, shapes, split
 from .tokenizer import save_tokenizer
@@ -53,7 +53,7 @@ class Export:
 
 
 def write_folder(checkpoint: Path, aside: Path, export: Export) -> None:
-    """Write the whole export but its model card into the folder ``aside``. One file of weights is in memory at a time.
+    """Write the whole export but its model card into the folder ``aside``. One tensor is in memory at a time.
 
     Raises:
         UserError: the checkpoint is damaged, or cannot be expressed.
@@ -67,7 +67,14 @@ def write_folder(checkpoint: Path, aside: Path, export: Export) -> None:
     special = save_tokenizer(run.data.tokenizer, aside)
     fields = hf_config(model, vocab_size, dtype, special)
     owners = None if export.is_stock or export.adaptive else sorted(set(export.sources))
-    if export.is_stock:
+    if model.block == "gemma4":
+        if export.adaptive or export.architecture is not None:
+            raise UserError(
+                "model.block is 'gemma4', which is exported as stock Gemma 4: leave --adaptive and --architecture out"
+            )
+        del fields["hidden_act"]
+        fields.update(gemma4_fields(model, vocab_size, export.sources))
+    elif export.is_stock:
         fields.update(stock_fields(stock_architecture(model, export.architecture)))
     else:
         kept = owners if owners is not None else list(range(model.num_layers))
@@ -79,9 +86,15 @@ def write_folder(checkpoint: Path, aside: Path, export: Export) -> None:
     (aside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     present = tensor_shapes(checkpoint)
     for entry in entries(model):
-        if f"model.{entry.ours}" not in present:
+        if entry.ours and f"model.{entry.ours}" not in present:
             raise UserError(f"checkpoint {checkpoint} has no tensor model.{entry.ours}")
-    write_weights(aside, model, vocab_size, owners, export, dtype, lambda entry: _read(checkpoint, entry, model))
+
+    def read(entry: Entry) -> Sequence[torch.Tensor]:
+        if not entry.ours:
+            return [torch.full(s, float(entry.kind == "ones")) for s in shapes(entry, model, vocab_size)]
+        return _read(checkpoint, entry, model)
+
+    write_weights(aside, model, vocab_size, owners, export, dtype, read)
 
 
 def _read(checkpoint: Path, entry: Entry, model: ModelConfig) -> Sequence[torch.Tensor]:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -110,7 +111,7 @@ def verify(
     """
     config = read_json(exported / "config.json")
     layers = int(config["num_hidden_layers"])
-    sources: Map = tuple(config.get("kv_source_layers") or range(layers))
+    sources = _map_of(config)
     _check_code(exported, config)
     maps = [sources]
     if engine == "transformers" and len(config.get("kv_weight_layers") or ()) == layers:  # adaptive
@@ -141,6 +142,12 @@ def verify(
 
 def _apart(found: Array, expected: Array) -> float:
     return float(np.max(np.abs(found - expected)))
+
+
+def _map_of(config: dict[str, Any]) -> Map:
+    layers = int(config["num_hidden_layers"])
+    owners = layers - int(config.get("num_kv_shared_layers", 0))  # Gemma 4's way to say it
+    return tuple(config.get("kv_source_layers") or (min(layer, owners - 1) for layer in range(layers)))
 
 
 def _another(sources: Map) -> Map:
@@ -194,7 +201,8 @@ def _reference(
 def _write_unshared(checkpoint: Path, out: Path, dtype: str) -> None:
     """A model whose cache has the same shape and in which no layer shares; all else is as small as can be."""
     model = config_of(checkpoint).model
-    small = model.model_copy(update={"hidden_size": 8, "ffn_hidden_size": 8, "tie_embeddings": True})
+    changes = {"hidden_size": 8, "ffn_hidden_size": 8, "tie_embeddings": True, "block": "llama"}
+    small = model.model_copy(update={**changes, "head_dim": model.kv_channels})
     own = tuple(range(model.num_layers))
     out.mkdir()
     special: dict[str, int | None] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
