@@ -84,8 +84,10 @@ def model_card(checkpoint: Path, name: str, config: dict[str, Any], export: Expo
             "every layer.",
             f"- ONNX Runtime GenAI: `skv-convert to-onnx {name} OUT`.",
             f'- MLX: `mlx_lm.load("{name}", trust_remote_code=True)` runs `mlx_skv.py` of this folder.',
-            "- llama.cpp: cannot express the map; not supported.",
+            "- llama.cpp: cannot express the map; not supported (models of Gemma 4's block are).",
         ]
     else:
         text += ["Any engine that knows the stock architecture loads it."]
+    if config["model_type"] == "gemma4_text":
+        text += ["llama.cpp: `python -m skv_tools.engines.to_gguf LLAMA_CPP FOLDER OUT.gguf` runs its converter."]
     return "\n".join(text) + "\n"

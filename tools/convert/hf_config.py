@@ -93,22 +93,30 @@ def shared_suffix(sources: tuple[int, ...]) -> int:
 def gemma4_fields(model: ModelConfig, vocab_size: int, sources: tuple[int, ...]) -> dict[str, Any]:
     """Gemma 4's text model in its plain form: full attention everywhere, per-layer inputs that add nothing, no experts.
 
+    Layers share with the last owner of their own type only, and llama.cpp wants some sliding ones: those before the
+    last owner are called sliding, with a window as long as the context.
+
     Raises:
         UserError: the map is no suffix.
     """
-    rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+    shared = shared_suffix(sources)
+    before = model.num_layers - shared - 1
+    # "proportional" over the whole head is the default; llama.cpp's converter knows no other for full attention.
+    full = {"rope_type": "proportional", "partial_rotary_factor": 1.0, "rope_theta": model.rope_theta}
+    sliding = {"rope_type": "default", "rope_theta": model.rope_theta}
     return {
         "architectures": ["Gemma4ForCausalLM"],
         "model_type": "gemma4_text",
         "hidden_activation": "gelu_pytorch_tanh",
         "global_head_dim": model.kv_channels,
-        "layer_types": ["full_attention"] * model.num_layers,
-        "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+        "layer_types": ["sliding_attention"] * before + ["full_attention"] * (model.num_layers - before),
+        "rope_parameters": {"full_attention": full, "sliding_attention": sliding},
         "sliding_window": model.max_position_embeddings,
         "hidden_size_per_layer_input": 1,
         "vocab_size_per_layer_input": vocab_size,
         "use_double_wide_mlp": False,
-        "num_kv_shared_layers": shared_suffix(sources),
+        "moe_intermediate_size": None,
+        "num_kv_shared_layers": shared,
         "final_logit_softcapping": None,
     }
 

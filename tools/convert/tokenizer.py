@@ -19,24 +19,15 @@ def save_tokenizer(name: str, out: Path) -> dict[str, int | None]:
 
 
 def _bytes_tokenizer() -> Any:
-    """`ByteTokenizer` as a stock fast tokenizer: bytes without merges, ids shifted by three, no token added."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """`ByteTokenizer` as a stock fast tokenizer: no merges, every character by its bytes, ids shifted by three."""
+    from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<pad>", "</s>", "<unk>"]
-    vocabulary = {token: index for index, token in enumerate(special)}
-    vocabulary.update({char: byte + len(special) for byte, char in enumerate(_byte_characters())})
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokens = ["<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
-
-
-def _byte_characters() -> list[str]:
-    """The character by which byte-level BPE (GPT-2's) writes each byte: itself where it prints, else from U+0100 on."""
-    printing = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printing else chr(next(others)) for byte in range(256)]

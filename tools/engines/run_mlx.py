@@ -35,15 +35,15 @@ def main() -> None:
 
     cache = make_prompt_cache(model)
     prefill = log_probs(tokens, cache)
-    held = sum(entry.keys.nbytes + entry.values.nbytes for entry in cache)
-    reserved = cache[0].keys.shape[2] * tokens.shape[0]  # mlx-lm reserves in steps of 256 positions
+    # mlx-lm reserves positions in steps that differ between kinds of caches
+    held = sum((e.keys.nbytes + e.values.nbytes) / (e.keys.shape[2] * tokens.shape[0]) for e in cache)
     cache = make_prompt_cache(model)
     stepwise = np.concatenate([log_probs(tokens[:, i : i + 1], cache) for i in range(tokens.shape[1])], axis=1)
     np.savez(
         arguments.out,
         prefill=prefill,
         stepwise=stepwise,
-        cache_bytes_per_token=held / reserved,
+        cache_bytes_per_token=held,
         cache_measured=f"bytes of the arrays in the {len(cache)} caches that the model makes, a reserved position",
     )
 

@@ -100,6 +100,10 @@ def _held(worker: Any) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def _groups(worker: Any) -> int:
+    return len(worker.model_runner.kv_cache_config.kv_cache_groups)
+
+
 def _model(worker: Any) -> str:
     model = type(worker.get_model())
     return f"{model.__module__}.{model.__name__}"
@@ -117,7 +121,8 @@ def main() -> None:
     rows = tokens.tolist()
     llm = _engine(arguments.folder, tokens.shape[1], arguments.stock, arguments.engine)
     cache = llm.llm_engine.vllm_config.cache_config
-    positions = cache.num_gpu_blocks * cache.block_size
+    # Layers of different kinds are in different groups, each of which takes blocks of its own for a token.
+    positions = cache.num_gpu_blocks * cache.block_size // llm.collective_rpc(_groups)[0]
     held = sum(llm.collective_rpc(_held))
     np.savez(
         arguments.out,
