@@ -11,6 +11,7 @@ import torch.distributed as dist
 from skv_dist.config.parallel import ParallelConfig
 from skv_dist.errors import UserError
 
+_ours: set[str] = set()  # variables that no launcher had set
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -49,10 +50,10 @@ def start(parallel: ParallelConfig) -> World:
         from skv_dist.parallel import cpu_platform
 
         cpu_platform.install()
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+    for name, value in {**_DEFAULTS, "MASTER_PORT": str(_free_port())}.items():
+        if name not in os.environ:
+            os.environ[name] = value
+            _ours.add(name)
     device = torch.device("cpu")
     if on_gpu:
         local_rank = int(os.environ["LOCAL_RANK"])
@@ -103,6 +104,8 @@ def stop() -> None:
     leave_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _ours:  # or the next process that is started from here would take itself for a part of this world
+        os.environ.pop(_ours.pop(), None)
 
 
 def _free_port() -> int:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -218,6 +219,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
         assert call("to-hf", checkpoint, tmp_path / "out", *asked) == 2
         assert message in capsys.readouterr().err
         assert not list(tmp_path.iterdir())  # nothing half written
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()  # none is left for the next process
     assert call("to-hf", tmp_path / "none", tmp_path / "out") == 2
     assert "does not exist" in capsys.readouterr().err
 

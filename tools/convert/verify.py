@@ -1,7 +1,6 @@
 """Whether an exported model is the checkpoint it came from, in the engine that serves it."""
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,6 @@ from .to_hf import CODE, DTYPES, ENGINES, Export, write_weights
 Array = npt.NDArray[np.float32]
 Map = tuple[int, ...]
 
-ENVIRONMENT = dict(os.environ)  # before process groups add a launcher's variables, which engines would heed
 RUNNERS = {name: f"run_{name}.py" for name in ("transformers", "onnx", "mlx", "vllm")}
 TOLERANCE = 1e-4  # largest difference of a log-probability, float32
 TEXT = (
@@ -218,7 +216,7 @@ def _run(engine: str, python: str, folder: Path, tokens: Path, out: Path, *more:
     """The arrays that the engine's runner writes."""
     command = [python, str(ENGINES / RUNNERS[engine]), str(folder), str(tokens), str(out), *more]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
         raise UserError(f"--python {python} cannot be run: {error.strerror}") from error
     if done.returncode:

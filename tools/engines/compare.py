@@ -37,7 +37,7 @@ from skv_dist.routing import map_from_cached_layers, map_from_retention
 
 from ..convert.from_hf import from_hf
 from ..convert.to_hf import Export, write_folder
-from ..convert.verify import ENVIRONMENT, RUNNERS, TOLERANCE, Finding, last_error, table, verify
+from ..convert.verify import RUNNERS, TOLERANCE, Finding, last_error, table, verify
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -105,7 +105,7 @@ def _measure(name: str, python: str, folder: Path, tokens: Path, more: tuple[str
 def _run(given: list[str], **environment: str) -> str:
     """What it prints. Raises UserError with all of it where it fails."""
     try:
-        done = subprocess.run(given, capture_output=True, text=True, check=False, env={**ENVIRONMENT, **environment})
+        done = subprocess.run(given, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     except OSError as error:
         raise UserError(f"{given[0]} cannot be run: {error.strerror}") from error
     if done.returncode:
