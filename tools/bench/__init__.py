@@ -1,1 +1,1 @@
-"""Benchmarks: other trainers on our shapes, and decoding with a shared KV cache."""
+"""Benchmarks on one GPU: our trainer beside others on the same shapes, and decoding with a shared KV cache."""
