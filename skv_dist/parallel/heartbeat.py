@@ -67,12 +67,12 @@ class Heartbeat:
         for rank, tick in self._ticks(watched).items():
             if rank not in seen or seen[rank][0] != tick:
                 seen[rank] = tick, now
-        ended = _ENDED.encode()
-        still = [rank for rank, (tick, since) in seen.items() if tick != ended and now - since > self._patience]
-        if still:
-            self._store.set(_NOTE, " ".join(map(str, still)))
-        elif self._store.check([_NOTE]):
-            still = [int(rank) for rank in self._store.get(_NOTE).decode().split()]
+        still = self._noted()
+        if not still:
+            ended = _ENDED.encode()
+            still = [rank for rank, (tick, since) in seen.items() if tick != ended and now - since > self._patience]
+            if still:
+                self._store.set(_NOTE, " ".join(map(str, still)))
         # The main thread may be about to say so itself. Rank 0 may hold the store: the others must have looked before.
         grace = 2 * _STILL_SECONDS if self._rank else 3 * _STILL_SECONDS + self._patience / 3
         if still and not self._stopped.wait(grace):
@@ -99,19 +99,22 @@ class Heartbeat:
         if self._size == 1:
             return []
         try:
-            if self._store.check([_NOTE]):
-                return [int(rank) for rank in self._store.get(_NOTE).decode().split()]
+            if noted := self._noted():
+                return noted
             others = [rank for rank in range(self._size) if rank != self._rank]
             before = self._ticks(others)
             time.sleep(_STILL_SECONDS)
-            if self._store.check([_NOTE]):
-                return self.lost()
+            if noted := self._noted():
+                return noted
             still = [rank for rank, ticks in self._ticks(others).items() if ticks == before[rank]]
             if still:
                 self._store.set(_NOTE, " ".join(map(str, still)))
             return still
         except RuntimeError:
             return [0]  # which keeps the store where no launcher does
+
+    def _noted(self) -> list[int]:
+        return [int(rank) for rank in self._store.get(_NOTE).decode().split()] if self._store.check([_NOTE]) else []
 
     def _ticks(self, ranks: Iterable[int]) -> dict[int, bytes]:
         # get() would wait for a key that is not there
