@@ -8,7 +8,7 @@ from pathlib import Path
 from skv_dist.errors import UserError, command
 
 
-def _add_engine(parser: argparse.ArgumentParser) -> None:
+def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, help="file whose beginning is compared on (default: a few sentences)")
     parser.add_argument("--tokens", type=int, default=64, help="length of the text compared on (default: 64)")
 
@@ -35,14 +35,14 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the run's precision")
     export.add_argument("--shard-gb", type=float, default=2.0, help="largest file of weights (default: 2)")
     export.add_argument("--no-verify", action="store_true", help="do not compare with the checkpoint")
-    _add_engine(export)
+    _add_text(export)
 
     check = actions.add_parser("verify", help="compare an exported folder with its checkpoint, in an engine")
     check.add_argument("checkpoint", type=Path)
     check.add_argument("exported", type=Path)
     check.add_argument("--engine", choices=("transformers", "onnx", "mlx", "vllm"), default="transformers")
     check.add_argument("--python", default=sys.executable, help="interpreter that has the engine (default: this one)")
-    _add_engine(check)
+    _add_text(check)
 
     onnx = actions.add_parser("to-onnx", help="exported folder -> folder for ONNX Runtime GenAI")
     onnx.add_argument("exported", type=Path)
@@ -120,9 +120,11 @@ def main(argv: list[str]) -> int:
         _export(arguments)
     elif arguments.action == "to-onnx":
         from ..engines.onnx_genai import export_onnx
+        from ..folders import new_folder
 
         try:
-            export_onnx(arguments.exported, arguments.out)
+            with new_folder(arguments.out) as aside:
+                export_onnx(arguments.exported, aside)
         except ValueError as error:
             raise UserError(str(error)) from error
         print(f"{arguments.out}: written; to compare: skv-convert verify CHECKPOINT {arguments.exported} --engine onnx")

@@ -278,13 +278,13 @@ def _values(config: dict[str, Any]) -> Iterator[list[Any]]:
     yield [logits, *caches("present", "t")]
 
 
-def export_onnx(folder: Path, out: Path, sources: list[int] | None = None) -> None:
-    """Write ``out``: ``model.onnx`` with its data file, ``genai_config.json`` and the tokenizer's files.
+def export_onnx(folder: Path, out: Path) -> None:
+    """Write into the folder ``out``: ``model.onnx``, its data file, ``genai_config.json`` and the tokenizer's files.
 
-    One weight is in memory at a time. ``sources`` replaces the folder's ``kv_source_layers``, for an adaptive folder.
+    One weight is in memory at a time.
 
     Raises:
-        ValueError: the folder cannot be expressed, or ``out`` exists.
+        ValueError: the folder cannot be expressed.
     """
     try:
         import onnx
@@ -293,25 +293,17 @@ def export_onnx(folder: Path, out: Path, sources: list[int] | None = None) -> No
         raise ValueError("writing an ONNX model needs the package onnx: pip install onnx") from error
 
     config = json.loads((folder / "config.json").read_text())
-    if sources is not None:
-        config["kv_source_layers"] = sources
     weights = _weights(folder)
     _check(config, weights, folder)
-    if out.exists():
-        raise ValueError(f"{out} exists already: remove it or choose another folder")
-    aside = out.with_name(f".{out.name}.writing")  # so that ``out`` is whole or not there
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with _Graph(aside / _DATA) as graph:
+    with _Graph(out / _DATA) as graph:
         _build(graph, config, weights)
     inputs, outputs = _values(config)
     body = helper.make_graph(graph.nodes, "skv", inputs, outputs, graph.initializers)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(_MICROSOFT, 1)]
     model = helper.make_model(body, opset_imports=opsets, ir_version=10, producer_name="skv-dist")
-    onnx.save(model, aside / "model.onnx")
-    (aside / "genai_config.json").write_text(json.dumps(_genai_config(config), indent=2) + "\n")
+    onnx.save(model, out / "model.onnx")
+    (out / "genai_config.json").write_text(json.dumps(_genai_config(config), indent=2) + "\n")
     ours = {"config.json", "generation_config.json", "model.safetensors.index.json"}
     for path in folder.iterdir():
         if path.suffix in (".json", ".jinja", ".model", ".txt") and path.name not in ours:
-            shutil.copy(path, aside)
-    aside.rename(out)
+            shutil.copy(path, out)

@@ -66,6 +66,7 @@ def main() -> None:
         folder = arguments.folder
         if not (folder / "genai_config.json").exists():
             folder = Path(scratch, "onnx")
+            folder.mkdir()
             export_onnx(arguments.folder, folder)
         model = og.Model(str(folder))
         results: dict[str, Any] = {
