@@ -70,6 +70,7 @@ def main(argv: list[str]) -> int:
     world = groups.start(first.parallel)
     engines = {name: create_engine(run, vocab_size, world.device) for name, run in runs.items()}
     batches = _batches(first, world, derived.num_micro_batches, vocab_size)
+    tokens = count_tokens(batches)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     sent = dict.fromkeys(runs, 0)
     for turn in range(arguments.rounds + 2):  # the first two warm up
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
             plans = [policy.plan(DrawKey(run.train.seed, turn, batch.index)) for batch in batches]
             dist.barrier()
             began = time.perf_counter()
-            outcome = run_batch(engines[name], run, batches, plans, tokens=count_tokens(batches), train=True)
+            outcome = run_batch(engines[name], run, batches, plans, tokens=tokens, train=True)
             engines[name].step()
             if world.device.type == "cuda":
                 torch.cuda.synchronize()

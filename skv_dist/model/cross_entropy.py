@@ -51,11 +51,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         weight = grad.reshape(-1).float()
         with torch.no_grad():
             to_gradient_ = _compiled(_to_gradient_) if ctx.compiled else _to_gradient_
-            begin = 0
-            for block in _blocks(rows, ctx.compiled):
-                end = begin + block.shape[0]
-                to_gradient_(block[:, :valid], log_normalizer[begin:end], weight[begin:end])
-                begin = end
+            blocks = _blocks(rows, ctx.compiled)
+            sizes = [block.shape[0] for block in blocks]
+            for block, normalizers, weights in zip(blocks, log_normalizer.split(sizes), weight.split(sizes)):
+                to_gradient_(block[:, :valid], normalizers, weights)
             if valid > 0:
                 of_label = ((label - log_normalizer).exp() - 1) * weight
                 kept = rows.gather(1, local)

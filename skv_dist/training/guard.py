@@ -28,15 +28,18 @@ class Guard:
         factor = self._config.spike_factor
         if factor is None or len(self._accepted) < self._config.spike_window:
             return math.inf
-        return factor * statistics.median(self._accepted)
+        return factor * self._usual
+
+    @property
+    def _usual(self) -> float:
+        return statistics.median(self._accepted)
 
     def objection(self, loss: float) -> str | None:
         """Why the update should be left out; None if it may be made: where ``loss`` is finite and within `limit`."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if loss > self.limit:
-            factor = self._config.spike_factor
-            return f"the loss {loss:.4g} is more than {factor:g} times the usual {self.limit / (factor or 1):.4g}"
+            return f"the loss {loss:.4g} is more than {self._config.spike_factor:g} times the usual {self._usual:.4g}"
         return None
 
     def record(self, step: int, loss: float, objection: str | None) -> None:

@@ -107,23 +107,23 @@ class Trainer:
         tokens = count_tokens(batches)
         batch = run_batch(engine, run, batches, plans, tokens=tokens, train=True)
         # From here to the one read below the device decides, so that it need not wait for the host.
-        loss = batch.loss.double()
-        refused = ~(loss.isfinite() & (loss <= self.guard.limit))
+        mean = batch.loss.double()
+        refused = ~(mean.isfinite() & (mean <= self.guard.limit))
         leave_out, stop = self._agree(refused, torch.full((), bool(asked_to_stop), device=device))
         outcome = engine.step(leave_out)
-        read = torch.stack([loss, outcome.grad_norm.to(loss), outcome.applied.to(loss), stop.to(loss)]).tolist()
-        loss_value, grad_norm = read[0], read[1]
-        objection = self.guard.objection(loss_value)
-        if not read[2] and objection is None:
+        results = (mean, outcome.grad_norm, outcome.applied, stop)
+        loss, grad_norm, applied, stopped = torch.stack([result.to(mean) for result in results]).tolist()
+        objection = self.guard.objection(loss)
+        if not applied and objection is None:
             objection = f"the gradient norm is {grad_norm}"
         self.step += 1
         if objection is not None and self.world.is_first:
             print(f"step {self.step}: update skipped: {objection}", flush=True)
-        self.guard.record(self.step, loss_value, objection)
-        if read[3]:
+        self.guard.record(self.step, loss, objection)
+        if stopped:
             self.stopped_by = "SIGTERM"
         metrics: Metrics = {
-            "loss": loss_value, "grad_norm": grad_norm, "lr": lr, "skipped": self.guard.skipped,
+            "loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": self.guard.skipped,
             "tokens": self.step * self.derived.tokens_per_step,
         }  # fmt: skip
         if run.parallel.pipeline > 1:

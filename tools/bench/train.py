@@ -10,7 +10,6 @@ step, graphs compiled after the warm-up, and with ``--profile`` the GPU time of 
 import argparse
 import json
 import statistics
-import tempfile
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -111,7 +110,7 @@ class _Watch(Callback):
         self.kernels = sorted(((n, sum(t), len(t)) for n, t in by_name.items()), key=lambda entry: -entry[1])
 
 
-def _config(arguments: argparse.Namespace, policy: str, folder: str) -> RunConfig:
+def _config(arguments: argparse.Namespace, policy: str) -> RunConfig:
     on_gpu = torch.cuda.is_available()
     return RunConfig.model_validate(
         {
@@ -120,7 +119,7 @@ def _config(arguments: argparse.Namespace, policy: str, folder: str) -> RunConfi
             "data": {"sequence_length": arguments.sequence_length, "sources": [{"path": "none", "format": "text"}],
                      "validation_fraction": 0.0},
             "parallel": {"zero_stage": arguments.zero_stage},
-            "train": {"steps": arguments.steps, "output_dir": folder, "precision": "bf16", "compile": on_gpu,
+            "train": {"steps": arguments.steps, "output_dir": "unused", "precision": "bf16", "compile": on_gpu,
                       "global_batch_size": arguments.micro_batch * arguments.accumulate,
                       "micro_batch_size": arguments.micro_batch, "recompute": arguments.recompute},
             "optimizer": {"lr": 1e-4, "schedule": "constant"},
@@ -160,8 +159,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--warmup must be smaller than --steps")
     from torch._dynamo.utils import counters
 
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {policy: _config(arguments, policy, folder) for policy in arguments.routing}
+    runs = {policy: _config(arguments, policy) for policy in arguments.routing}
     first = runs[arguments.routing[0]]
     world = groups.start(first.parallel)
     vocab_size = first.model.vocab_size or 0

@@ -45,7 +45,7 @@ class Finding:
             token by token.
         wrong_map: the same difference from the checkpoint under another map: it must be large.
         cache_bytes, unshared_bytes: per token, measured in the engine; of a model that shares nothing.
-        owners, layers: how many layers own a cache, of how many.
+        how: what was measured.
     """
 
     engine: str
@@ -108,8 +108,8 @@ def verify(
         UserError: a folder cannot be read, or the engine fails.
     """
     config = read_json(exported / "config.json")
-    layers = int(config["num_hidden_layers"])
     sources = _map_of(config)
+    layers = len(sources)
     _check_code(exported, config)
     maps = [sources]
     if engine == "transformers" and len(config.get("kv_weight_layers") or ()) == layers:  # adaptive
@@ -135,7 +135,7 @@ def verify(
                     float(unshared["cache_bytes_per_token"]), str(found["cache_measured"]),
                 )
             )
-    return findings  # fmt: skip
+    return findings
 
 
 def _apart(found: Array, expected: Array) -> float:

@@ -43,7 +43,7 @@ class _Log:
 
 def _context(model: Any) -> Any:
     parameters = llama.llama_context_default_params()
-    parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = _POSITIONS
+    parameters.n_ctx = parameters.n_batch = _POSITIONS
     parameters.n_ubatch = 512
     parameters.type_k = parameters.type_v = llama.GGML_TYPE_F32
     parameters.flash_attn_type = llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
