@@ -80,6 +80,7 @@ def _capture_gradients(engine: Any, run: Any) -> dict[str, np.ndarray]:
     The optimizer's update is replaced by "parameter := gradient" for one step: whatever the ZeRO stage, full
     parameters then are full gradients, and no private attribute is read.
     """
+    from skv_dist.parallel.engine import MODEL
     from tests.gather import full_parameters
 
     optimizer = engine.optimizer
@@ -93,7 +94,13 @@ def _capture_gradients(engine: Any, run: Any) -> dict[str, np.ndarray]:
                     if parameter.grad is not None:
                         parameter.copy_(parameter.grad)
 
+    def take_given(gradients: dict[Any, Any], scale: Any, applied: Any) -> None:
+        for parameter, gradient in gradients.items():
+            engine.write(parameter, MODEL, gradient.float() / scale)
+
     optimizer.step = take_gradient
+    if getattr(engine, "_compiled", None) is not None:
+        engine._compiled.step = take_given
     outcome = engine.step()
     gradients = {name: value.numpy().copy() for name, value in full_parameters(engine, run, VOCAB)}
     del optimizer.step
@@ -207,6 +214,33 @@ def run_training(settings: dict[str, Any]) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     finally:
         groups.leave_model_parallel()
+
+
+def steps_before_data_fail(settings: dict[str, Any], position: int) -> list[int]:
+    """The steps that callbacks hear of where sample ``position`` cannot be read."""
+    from skv_dist.config.run import derive
+    from skv_dist.data.packing import Sample
+    from skv_dist.errors import UserError
+    from skv_dist.training.callbacks import Callback, Metrics
+    from skv_dist.training.trainer import Trainer
+
+    class Broken:
+        def __getitem__(self, index: int) -> Sample:
+            if index >= position:
+                raise UserError(f"sample {index} is broken")
+            return Sample(np.arange(SEQUENCE + 1), np.zeros(SEQUENCE + 1, np.int64))
+
+    heard: list[int] = []
+
+    class Listener(Callback):
+        def on_step(self, step: int, metrics: Metrics) -> None:
+            heard.append(step)
+
+    with built(settings) as (run, world), made_engine(run, world) as engine:
+        trainer = Trainer(run, derive(run, world.size), world, engine, VOCAB, Broken(), [Listener()])
+        with contextlib.suppress(UserError):
+            trainer.fit()
+    return heard
 
 
 def leave_out(settings: dict[str, Any]) -> list[bool]:

@@ -5,7 +5,7 @@ backward that it did not start itself, as pipeline schedules need. Plain data pa
 one replica has nothing to shard.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
 from skv_dist.parallel.build import build_root, local_initial_values
+from skv_dist.parallel.compiled_adamw import CompiledAdamW
 from skv_dist.parallel.engine import MODEL, Engine, StepOutcome, build_optimizer
 from skv_dist.parallel.tied import TiedHead
 
@@ -33,7 +34,7 @@ class ReplicatedEngine(Engine):
             for parameter, value in local_initial_values(run, self.root, vocab_size):
                 parameter.copy_(value)
         # The gradient of a batch: of the first micro-batch as it came, then the sum in `_buffer`, which is there from
-        # the second micro-batch, or else the update, to the end of the update.
+        # the second micro-batch, or else an update that needs it, to the end of the update.
         self._first: dict[torch.Tensor, torch.Tensor] = {}
         self._sums: dict[torch.Tensor, torch.Tensor] = {}
         self._summed: set[torch.Tensor] = set()
@@ -43,8 +44,11 @@ class ReplicatedEngine(Engine):
             same = parameter.dtype == torch.float32
             self._master_of[parameter] = parameter if same else torch.nn.Parameter(parameter.detach().float())
             parameter.register_post_accumulate_grad_hook(self._accumulate)
-        masters = iter([(name, self._master_of[parameter]) for name, parameter in named])
-        self.optimizer = build_optimizer(masters, run.optimizer, fused=True)
+        masters = [(name, self._master_of[parameter]) for name, parameter in named]
+        self.optimizer = build_optimizer(iter(masters), run.optimizer, fused=True)
+        self._compiled: CompiledAdamW | None = None
+        if run.train.compile:
+            self._compiled = CompiledAdamW(self.optimizer, [(name, self._master_of[p], p) for name, p in named])
         counted = parallel_state.get_tensor_model_parallel_rank() == 0
         self.tied = TiedHead(self.root)
         self.tied.refresh()
@@ -73,6 +77,17 @@ class ReplicatedEngine(Engine):
     def forward(self, chunk: int | None, *args: Any) -> torch.Tensor:
         return self.root(chunk, *args)
 
+    def _gradients(self) -> Mapping[torch.Tensor, torch.Tensor]:
+        """The whole batch's gradient of each parameter: in its own dtype where nothing had to be added, else fp32."""
+        as_they_came = self._compiled is not None and not self._sums and self._data_group.size() == 1
+        if as_they_came:
+            for parameter in self._parameters:
+                if parameter not in self._first:
+                    self._first[parameter] = torch.zeros_like(parameter)
+            return self._first
+        self._reduce()
+        return self._sums
+
     def _reduce(self) -> None:
         self._allocate()
         if self._first:
@@ -85,8 +100,10 @@ class ReplicatedEngine(Engine):
                 dist.all_reduce(part, group=self._data_group)
             self._buffer.div_(self._data_group.size())
 
-    def _norm(self) -> torch.Tensor:
-        norm = torch.nn.utils.get_total_norm([self._sums[parameter] for parameter in self._normed])
+    def _norm(self, gradients: Mapping[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        # torch's `get_total_norm` would round each parameter's norm to the dtype of its gradient.
+        norms = torch._foreach_norm([gradients[parameter] for parameter in self._normed], dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if self._model_group.size() > 1:
             norm.square_()
             dist.all_reduce(norm, group=self._model_group)
@@ -95,23 +112,31 @@ class ReplicatedEngine(Engine):
 
     @torch.no_grad()
     def _update(self, leave_out: torch.Tensor | bool) -> StepOutcome:
-        self._reduce()
-        norm = self._norm()
+        gradients = self._gradients()
+        norm = self._norm(gradients)
         applied = norm.isfinite() & ~torch.as_tensor(leave_out, device=norm.device)
+        scale = torch.ones_like(norm) if self._clip <= 0 else ((norm + 1e-6) / self._clip).clamp(min=1.0)
+        if self._compiled is not None:
+            self.prepare_moments()
+            self._compiled.step(gradients, scale, applied)
+        else:
+            self._fused_step(gradients, scale, applied)
+        self._first, self._sums, self._summed, self._buffer = {}, {}, set(), torch.empty(0)
+        return StepOutcome(norm, applied)
+
+    def _fused_step(
+        self, gradients: Mapping[torch.Tensor, torch.Tensor], scale: torch.Tensor, applied: torch.Tensor
+    ) -> None:
         for parameter, master in self._master_of.items():
-            master.grad = self._sums[parameter]
+            master.grad = gradients[parameter]
         # As torch's GradScaler tells a fused optimizer, on the device, to divide gradients and to leave a step out.
-        self.optimizer.found_inf = (~applied).float()
-        if self._clip > 0:
-            self.optimizer.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0)
+        self.optimizer.grad_scale, self.optimizer.found_inf = scale, (~applied).float()
         self.optimizer.step()
         for master in self._master_of.values():
             master.grad = None
-        self._first, self._sums, self._summed, self._buffer = {}, {}, set(), torch.empty(0)
         copied: list[torch.Tensor] = [p for p, master in self._master_of.items() if master is not p]
         if copied:
             torch._foreach_copy_(copied, [self._master_of[p] for p in copied])  # type: ignore[index]
-        return StepOutcome(norm, applied)
 
     def _masters(self) -> Sequence[torch.Tensor]:
         return list(self._master_of.values())

@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,21 @@ from skv_dist.config.run import Derived, RunConfig
 from skv_dist.data.batches import MicroBatch, Samples, micro_batches, prefetched
 from skv_dist.parallel.engine import Engine
 from skv_dist.parallel.groups import World, seed_dropout
-from skv_dist.parallel.step import count_tokens, run_batch
+from skv_dist.parallel.step import Work, count_tokens, run_batch
 from skv_dist.routing.draw import DrawKey
 from skv_dist.training.callbacks import Callback, Metrics
 from skv_dist.training.guard import Guard
 from skv_dist.training.schedule import lr_at
 from skv_dist.training.throughput import flops_per_token, peak_flops, peak_memory_bytes
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step that is on its way; ``results``: loss, gradient norm, whether it was applied, whether to stop."""
+
+    results: torch.Tensor
+    lr: float
+    wire_bytes: int
 
 
 class Trainer:
@@ -70,49 +80,57 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self.step, self.run.train.steps)
             with _terminate_after_step() as asked:
-                began = time.perf_counter()
-                for batches in self._global_batches():
-                    metrics = self._train_step(batches, asked)
-                    seconds = time.perf_counter() - began
-                    self._measure(metrics, seconds)
-                    for callback in self.callbacks:
-                        callback.on_step(self.step, metrics)
-                    if self.stopped_by:
-                        break
+                coming = self._work()
+                work = next(coming, None)
+                while work and not self.stopped_by:
                     began = time.perf_counter()
+                    launched = self._launch(work, asked)
+                    try:
+                        work = next(coming, None)  # while the device is busy
+                    finally:  # whatever is wrong with the next batch, this step is recorded and saved
+                        metrics = self._finish(launched)
+                        self._measure(metrics, time.perf_counter() - began)
+                        for callback in self.callbacks:
+                            callback.on_step(self.step, metrics)
         finally:
             for callback in self.callbacks:
                 callback.on_end()
 
-    def _global_batches(self) -> Iterator[list[MicroBatch]]:
-        train, data = self.run.train, self.run.data
+    def _work(self) -> Iterator[list[Work]]:
+        """For each step this replica's micro-batches, on the device, and their route plans."""
+        train, data, device = self.run.train, self.run.data, self.world.device
 
         def load(step: int) -> list[MicroBatch]:
             batches = micro_batches(
                 self.samples, step * train.global_batch_size, self.derived.num_micro_batches, train.micro_batch_size,
                 self.world.data_rank, self.world.data_size, data.reset_attention,
             )  # fmt: skip
-            return [batch.pinned() for batch in batches] if self.world.device.type == "cuda" else batches
+            return [batch.pinned() for batch in batches] if device.type == "cuda" else batches
 
-        return prefetched(load, self.step, train.steps, data.prefetch_steps)
+        loaded = prefetched(load, self.step, train.steps, data.prefetch_steps)
+        for step, batches in enumerate(loaded, self.step):
+            keys = (DrawKey(train.seed, step, batch.index) for batch in batches)
+            yield [(batch.to(device), self.policy.plan(key)) for batch, key in zip(batches, keys)]
 
-    def _train_step(self, loaded: list[MicroBatch], asked_to_stop: list[str]) -> Metrics:
+    def _launch(self, work: list[Work], asked_to_stop: list[str]) -> _Launched:
+        """Queue one step. Its results are on the device, which decides by itself whether to update."""
         run, engine, device = self.run, self.engine, self.world.device
-        batches = [batch.to(device) for batch in loaded]
-        plans = [self.policy.plan(DrawKey(run.train.seed, self.step, batch.index)) for batch in batches]
+        batches, plans = [batch for batch, _ in work], [plan for _, plan in work]
         if run.model.attention_dropout or run.model.hidden_dropout:
             seed_dropout(run.train.seed, self.step, batches[0].index)
         lr = lr_at(self.step, run.train.steps, run.optimizer)
         engine.set_lr(lr)
-        tokens = count_tokens(batches)
-        batch = run_batch(engine, run, batches, plans, tokens=tokens, train=True)
-        # From here to the one read below the device decides, so that it need not wait for the host.
+        batch = run_batch(engine, run, batches, plans, tokens=count_tokens(batches), train=True)
         mean = batch.loss.double()
         refused = ~(mean.isfinite() & (mean <= self.guard.limit))
         leave_out, stop = self._agree(refused, torch.full((), bool(asked_to_stop), device=device))
         outcome = engine.step(leave_out)
         results = (mean, outcome.grad_norm, outcome.applied, stop)
-        loss, grad_norm, applied, stopped = torch.stack([result.to(mean) for result in results]).tolist()
+        return _Launched(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)
+
+    def _finish(self, launched: _Launched) -> Metrics:
+        """Wait for a step, and judge it."""
+        loss, grad_norm, applied, stopped = launched.results.tolist()
         objection = self.guard.objection(loss)
         if not applied and objection is None:
             objection = f"the gradient norm is {grad_norm}"
@@ -123,11 +141,11 @@ class Trainer:
         if stopped:
             self.stopped_by = "SIGTERM"
         metrics: Metrics = {
-            "loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": self.guard.skipped,
+            "loss": loss, "grad_norm": grad_norm, "lr": launched.lr, "skipped": self.guard.skipped,
             "tokens": self.step * self.derived.tokens_per_step,
         }  # fmt: skip
-        if run.parallel.pipeline > 1:
-            metrics["wire_bytes"] = self._sum(batch.wire_bytes)
+        if self.run.parallel.pipeline > 1:
+            metrics["wire_bytes"] = self._sum(launched.wire_bytes)
         return metrics
 
     def _sum(self, count: int) -> int:

@@ -78,6 +78,11 @@ def test_a_step_left_out_leaves_nothing_behind(workers: Any, zero: int) -> None:
     assert norm == pytest.approx(workers(1)(jobs.leave_out, single)[0][-1], rel=1e-5)
 
 
+def test_steps_before_unreadable_data_are_recorded(workers: Any) -> None:
+    settings = jobs.config(train={"steps": 6})
+    assert workers(1)(jobs.steps_before_data_fail, settings, 3 * jobs.GLOBAL_BATCH)[0] == [1, 2, 3]
+
+
 def test_sigterm_ends_after_the_step_and_what_is_saved_can_be_measured(text: Path, tmp_path: Path) -> None:
     import yaml
 

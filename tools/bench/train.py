@@ -191,7 +191,7 @@ def main(argv: list[str]) -> int:
             "peak_gib": float(watches[-1].metrics[-1]["peak_memory_bytes"]) / 2**30,
             "waits_per_step": sum(w.waits for w in watches[1:]) / steps,
             "losses": [m["loss"] for m in watches[0].metrics],
-            "milliseconds": watches[-1].kinds, "kernels": watches[-1].kernels[:30],
+            "milliseconds": watches[-1].kinds, "kernels": watches[-1].kernels[:60],
         }  # fmt: skip
         print(f"{policy}: {rate:,.0f} tokens/s, {report[policy]['waits_per_step']:.2f} waits a step", flush=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
