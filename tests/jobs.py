@@ -243,6 +243,43 @@ def steps_before_data_fail(settings: dict[str, Any], position: int) -> list[int]
     return heard
 
 
+def host_reads(settings: dict[str, Any]) -> int:
+    """How often the host reads a tensor's value while it launches a step: on a GPU each is a wait.
+
+    Compiled functions run as they are written.
+    """
+    from unittest import mock
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from skv_dist.config.run import derive
+    from skv_dist.routing.draw import DrawKey
+    from skv_dist.training.trainer import Trainer
+
+    class Count(TorchDispatchMode):
+        reads = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.reads += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    def unchanged(function: Any = None, **_: Any) -> Any:
+        return function or unchanged
+
+    with (
+        mock.patch("torch.compile", unchanged),
+        mock.patch.object(torch.nn.Module, "compile", unchanged),
+        built(settings) as (run, world),
+        made_engine(run, world) as engine,
+    ):
+        trainer = Trainer(run, derive(run, world.size), world, engine, VOCAB, [], [])
+        work = [(batch, run.policy().plan(DrawKey(0, 0, batch.index))) for batch in global_batch(0)]
+        with Count() as count:
+            trainer._launch(work, [])
+    return count.reads
+
+
 def leave_out(settings: dict[str, Any]) -> list[bool]:
     """Per check: a step left out changes no parameter, and leaves no gradient for the next one."""
     from skv_dist.parallel.step import count_tokens, run_batch

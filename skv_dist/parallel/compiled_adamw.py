@@ -54,7 +54,8 @@ class CompiledAdamW:
                 [self._decay[master] for master in masters],
                 group["betas"], group["eps"], lr, corrections, scale, applied,
             )  # fmt: skip
-        torch._foreach_add_([entry["step"] for entry in state.values()], applied.float())
+        counts = [entry["step"] for entry in state.values()]
+        torch._foreach_add_(counts, [applied.float()] * len(counts))  # a lone scalar tensor would be read by the host
 
 
 def _layer(name: str) -> str:

@@ -78,6 +78,12 @@ def test_a_step_left_out_leaves_nothing_behind(workers: Any, zero: int) -> None:
     assert norm == pytest.approx(workers(1)(jobs.leave_out, single)[0][-1], rel=1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_host_does_not_read_the_device_while_it_launches_a_step(workers: Any, compiled: bool) -> None:
+    given = jobs.config(parallel={"zero_stage": 0}, train={"compile": compiled})
+    assert workers(1)(jobs.host_reads, given)[0] == 0
+
+
 def test_steps_before_unreadable_data_are_recorded(workers: Any) -> None:
     settings = jobs.config(train={"steps": 6})
     assert workers(1)(jobs.steps_before_data_fail, settings, 3 * jobs.GLOBAL_BATCH)[0] == [1, 2, 3]

@@ -7,7 +7,9 @@
 The model is the exported one (`skv_tools.engines.modeling_skv`) in bf16 with random weights; g=1 is the same code with
 every layer its own source. One set of weights serves all g. Measured per cell (context, batch), mode and g: bytes that
 the cache holds, from its storages; TTFT, the prefill and its argmax, where logits are made of the last position only;
-decoding speed, greedy, the argmax fed back on the device without a host synchronization; peak allocated memory.
+decoding speed, greedy, the argmax fed back on the device; peak allocated memory. Eager decoding at a small batch waits
+for the host to launch kernels, whose speed drifts on a shared machine: all g take turns, and the speed is the median
+over 8 tokens at a time of all turns.
 
 Modes: `eager` is transformers' DynamicCache and nothing compiled. `compiled` is its StaticCache, with norms and MLPs
 compiled and the whole decoding step replayed as one CUDA graph; with --whole-model `torch.compile` of the step in mode
@@ -24,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from skv_dist.errors import command
+from skv_dist.errors import UserError, command
 
 from ..engines.modeling_skv import SkvConfig, SkvForCausalLM
 from .shapes import SHAPES
 
-GROUPS = (1, 4, 2, 8)
+GROUPS = (1, 2, 4, 8)
 WARM_TOKENS = 4  # decoded before the clock starts
+CHUNK = 8  # tokens between two looks at the clock
 HEADER = (
     "| context | batch | mode | g | KV MiB | KV of g=1 | TTFT ms | decode tok/s per sequence | of g=1 | decode tok/s, "
     "all | peak GiB |\n|---|---|---|---|---|---|---|---|---|---|---|"
@@ -51,22 +54,34 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table: ``mode`` is eager or compiled."""
+    """Four rows of the table, one for each g: ``mode`` is eager or compiled."""
 
     context: int
     batch: int
     mode: str
-    group: int
+
+    @property
+    def turns(self) -> int:
+        return 1 if self.mode == "compiled" else 3 if self.context * self.batch <= 32768 else 2
 
 
-@dataclass(frozen=True)
+@dataclass
 class Figures:
-    """What was measured: bytes, seconds, tokens/s of one sequence, bytes (None on a CPU)."""
+    """What was measured: bytes, seconds of each prefill and of each `CHUNK` of tokens, bytes (0 on a CPU)."""
 
-    kv_bytes: int
-    ttft: float
-    rate: float
-    peak_bytes: int | None
+    kv_bytes: int = 0
+    prefills: list[float] = field(default_factory=list)
+    chunks: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    @property
+    def ttft(self) -> float:
+        return statistics.median(self.prefills[1:] or self.prefills)
+
+    @property
+    def rate(self) -> float:
+        """Tokens/s of one sequence."""
+        return CHUNK / statistics.median(self.chunks)
 
 
 @dataclass(frozen=True)
@@ -84,11 +99,10 @@ def cells(scale: int, modes: list[str]) -> list[Cell]:
     """In order of importance; ``scale`` divides the contexts."""
     settings = [(8192, 1), (2048, 1), (32768, 1), (8192, 16), (8192, 4), (8192, 32), (8192, 8), (8192, 2)]
     return [
-        Cell(context // scale, batch, mode, group)
+        Cell(context // scale, batch, mode)
         for context, batch in settings
         for mode in modes
         if mode == "eager" or batch in (1, 16)  # each row of the other costs compilation or capture
-        for group in GROUPS
     ]
 
 
@@ -173,8 +187,8 @@ def kv_bytes(cache: Any) -> int:
     return sum(storages.values())
 
 
-def measure(bench: Bench, model: SkvForCausalLM, cell: Cell) -> Figures:
-    """One row. Its caches are gone when it returns."""
+def measure(bench: Bench, model: SkvForCausalLM, cell: Cell, figures: Figures) -> None:
+    """One turn of one row, added to ``figures``. Its caches are gone when it returns."""
     on_gpu = bench.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -183,40 +197,35 @@ def measure(bench: Bench, model: SkvForCausalLM, cell: Cell) -> Figures:
     prompt = torch.randint(
         0, bench.vocab_size, (cell.batch, cell.context), generator=generator, device=bench.device
     )
-    work = cell.context * cell.batch
-    passes = 3 if work <= 16384 else 2 if work <= 32768 or cell.mode == "compiled" else 1
-    ttft = []
     cache: Any = None
     token = None
-    for _ in range(passes):
+    for _ in range(2 if cell.turns == 1 else 1):
         cache = token = None  # before the next one is made
         cache = _new_cache(model, cell, bench.tokens)
         _synchronize(bench.device)
         began = time.perf_counter()
         token = _step(model, cache, prompt)
         _synchronize(bench.device)
-        ttft.append(time.perf_counter() - began)
+        figures.prefills.append(time.perf_counter() - began)
     assert token is not None
     decode = _decoder(bench, model, cell, cache, token)
-    if cell.mode == "eager":
+    if cell.mode == "eager" and not figures.chunks:
         # Rehearsed: cuDNN makes a plan for every new length of the cache, and whoever comes first would pay for all.
         for _ in range(bench.tokens):
             decode()
         for layer in cache.layers:  # transformers 5.17's `crop` stumbles over the layers that hold nothing
             if layer.keys is not None:
                 layer.keys, layer.values = layer.keys[:, :, : -bench.tokens], layer.values[:, :, : -bench.tokens]
-    _synchronize(bench.device)
-    began = time.perf_counter()
-    for _ in range(bench.tokens):
-        decode()
-    _synchronize(bench.device)
-    rate = bench.tokens / (time.perf_counter() - began)
-    return Figures(
-        kv_bytes(cache),
-        statistics.median(ttft[1:] or ttft),
-        rate,
-        torch.cuda.max_memory_allocated() if on_gpu else None,
-    )
+    for _ in range(bench.tokens // CHUNK):
+        _synchronize(bench.device)
+        began = time.perf_counter()
+        for _ in range(CHUNK):
+            decode()
+        _synchronize(bench.device)
+        figures.chunks.append(time.perf_counter() - began)
+    figures.kv_bytes = kv_bytes(cache)
+    if on_gpu:
+        figures.peak_bytes = max(figures.peak_bytes, torch.cuda.max_memory_allocated())
 
 
 def _new_cache(model: SkvForCausalLM, cell: Cell, tokens: int) -> Any:
@@ -270,38 +279,49 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def attempt(bench: Bench, model: SkvForCausalLM, cell: Cell) -> Figures | str:
-    """The figures, or in a few words why there are none."""
-    found: Figures | str
+def attempt(bench: Bench, model: SkvForCausalLM, cell: Cell, figures: Figures) -> str | None:
+    """One turn; in a few words what went wrong, if something did."""
+    problem = None
     try:
         with torch.no_grad():
-            found = measure(bench, model, cell)
+            measure(bench, model, cell, figures)
     except torch.OutOfMemoryError:
-        found = "out of memory"
+        problem = "out of memory"
     except RuntimeError as error:
-        found = f"failed: {str(error).splitlines()[0]}"
+        problem = f"failed: {str(error).splitlines()[0]}"
     # Outside the handlers, whose traceback holds the cell's tensors.
     if bench.whole_model:
         torch.compiler.reset()  # frees what its CUDA graphs hold
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
-    return found
+    return problem
 
 
-def row(cell: Cell, found: Figures | str, whole: Figures | str | None) -> str:
-    """A line of the table; ``whole``: what g=1 gave in the same cell."""
-    start = f"| {cell.context} | {cell.batch} | {cell.mode} | {cell.group} |"
-    if isinstance(found, str):
-        return f"{start} {found} | – | – | – | – | – | – |"
-    memory = speed = "–"
-    if isinstance(whole, Figures):
-        memory, speed = f"{found.kv_bytes / whole.kv_bytes:.3f}", f"{found.rate / whole.rate:.2f}"
-    peak = "–" if found.peak_bytes is None else f"{found.peak_bytes / 2**30:.1f}"
-    return (
-        f"{start} {found.kv_bytes / 2**20:.1f} | {memory} | {found.ttft * 1e3:.1f} | {found.rate:.1f} | {speed} | "
-        f"{found.rate * cell.batch:.1f} | {peak} |"
-    )
+def rows(bench: Bench, models: dict[int, SkvForCausalLM], cell: Cell) -> str:
+    """The lines of one cell. All g take turns, so that a slow spell of the machine falls on all of them."""
+    figures = {group: Figures() for group in models}
+    problems: dict[int, str] = {}
+    for _ in range(cell.turns):
+        for group in [group for group in models if group not in problems]:
+            problem = attempt(bench, models[group], cell, figures[group])
+            if problem is not None:
+                problems[group] = problem
+    lines = []
+    for group, found in figures.items():
+        start = f"| {cell.context} | {cell.batch} | {cell.mode} | {group} |"
+        if group in problems:
+            lines.append(f"{start} {problems[group]} | – | – | – | – | – | – |\n")
+            continue
+        memory = speed = "–"
+        if 1 not in problems:
+            memory, speed = f"{found.kv_bytes / figures[1].kv_bytes:.3f}", f"{found.rate / figures[1].rate:.2f}"
+        peak = f"{found.peak_bytes / 2**30:.1f}" if found.peak_bytes else "–"
+        lines.append(
+            f"{start} {found.kv_bytes / 2**20:.1f} | {memory} | {found.ttft * 1e3:.1f} | {found.rate:.1f} | {speed} | "
+            f"{found.rate * cell.batch:.1f} | {peak} |\n"
+        )
+    return "".join(lines)
 
 
 def heading(bench: Bench, shape: str) -> str:
@@ -315,7 +335,7 @@ def heading(bench: Bench, shape: str) -> str:
     )
     return (
         f"{datetime.date.today()}, {device}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}; {shape}, bf16, random weights, {bench.tokens} decoded tokens; "
+        f"transformers {transformers.__version__}; {shape}, bf16, random weights, {bench.tokens} tokens a turn; "
         f"attention {attention}; compiled: StaticCache, {compiled}. Peak memory includes the weights of g=1, K/V "
         f"projections of all layers.\n\n`python -m skv_tools.bench.decode {' '.join(sys.argv[1:])}`\n\n{HEADER}\n"
     )
@@ -330,14 +350,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compiled", action="store_true", help="only the compiled mode")
     parser.add_argument("--attention", choices=["sdpa", "grouped"], help="in both modes (default: see above)")
     parser.add_argument("--whole-model", action="store_true", help="compile the step as a whole")
-    parser.add_argument("--tokens", type=int, default=64, help="decoded in each cell (default: 64)")
-    parser.add_argument("--minutes", type=float, default=1e9, metavar="M", help="start no further row after that")
+    parser.add_argument("--tokens", type=int, default=32, help=f"decoded a turn, in whole {CHUNK}s (default: 32)")
+    parser.add_argument("--minutes", type=float, default=1e9, metavar="M", help="start no further cell after that")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.md")
     return parser
 
 
 def run(arguments: argparse.Namespace, device: torch.device) -> None:
-    """All cells, each row written as soon as it is known."""
+    """All cells, each written as soon as it is known."""
     ends = time.monotonic() + 60 * arguments.minutes
     shape = SHAPES[arguments.shape]
     bench = Bench(device, shape["vocab_size"], arguments.tokens, arguments.attention, arguments.whole_model)
@@ -348,7 +368,6 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     full = build_full(shape, device)
     models = {group: build_group(shape, full, group) for group in GROUPS}
     del full
-    found: dict[Cell, Figures | str] = {}
     with arguments.out.open("w") as file:
         _write(file, heading(bench, arguments.shape))
         parts = None if arguments.whole_model else CompiledParts(list(models.values()))
@@ -358,9 +377,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
                 break
             if parts is not None:
                 parts.use(cell.mode == "compiled")
-            found[cell] = attempt(bench, models[cell.group], cell)
-            whole = found.get(Cell(cell.context, cell.batch, cell.mode, 1))
-            _write(file, row(cell, found[cell], whole) + "\n")
+            _write(file, rows(bench, models, cell))
 
 
 def _write(file: Any, text: str) -> None:
@@ -372,6 +389,8 @@ def _write(file: Any, text: str) -> None:
 @command
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
+    if arguments.tokens < CHUNK or arguments.tokens % CHUNK:
+        raise UserError(f"--tokens must be a multiple of {CHUNK}, got {arguments.tokens}")
     run(arguments, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     return 0
 

@@ -54,6 +54,10 @@ class _Random:
         return Sample(tokens, np.zeros(self._length + 1, np.int64))
 
 
+def _profiler() -> Any:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+
 class _Watch(Callback):
     """Collects metrics; counts, from step ``warmup`` on, what must not happen; profiles the last step if asked to."""
 
@@ -69,6 +73,9 @@ class _Watch(Callback):
 
     def on_start(self, step: int, steps: int) -> None:
         self._steps = steps
+        if self._profile:  # the first profiler of a process may miss what runs while it sets itself up
+            with _profiler():
+                torch.cuda.synchronize()
         self._caught = warnings.catch_warnings(record=True)
         self._seen = self._caught.__enter__()
         warnings.simplefilter("always")
@@ -79,7 +86,7 @@ class _Watch(Callback):
             torch.cuda.set_sync_debug_mode("warn")
             self._seen.clear()
         if self._profile and step == self._steps - 1:
-            self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self._profiler = _profiler()
             self._profiler.__enter__()
 
     def on_end(self) -> None:
@@ -101,6 +108,9 @@ class _Watch(Callback):
             kind = next(kind for kind, parts in _KINDS.items() if any(part in name for part in parts))
             sums[kind] += kernel.time_range.elapsed_us() / 1e3
             by_name[kernel.name].append(kernel.time_range.elapsed_us() / 1e3)
+        if not kernels:
+            print("the profiler saw no kernel", flush=True)
+            return
         spans = sorted((k.time_range.start, k.time_range.end) for k in kernels)
         busy, end = 0.0, float("-inf")
         for begin, stop in spans:
@@ -191,7 +201,7 @@ def main(argv: list[str]) -> int:
             "peak_gib": float(watches[-1].metrics[-1]["peak_memory_bytes"]) / 2**30,
             "waits_per_step": sum(w.waits for w in watches[1:]) / steps,
             "losses": [m["loss"] for m in watches[0].metrics],
-            "milliseconds": watches[-1].kinds, "kernels": watches[-1].kernels[:60],
+            "milliseconds": watches[-1].kinds, "kernels": watches[-1].kernels[:80],
         }  # fmt: skip
         print(f"{policy}: {rate:,.0f} tokens/s, {report[policy]['waits_per_step']:.2f} waits a step", flush=True)
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
