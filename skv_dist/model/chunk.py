@@ -116,7 +116,9 @@ class RoutedChunk(MegatronModule):
         torch.compiler.assume_constant_result(get_tensor_model_parallel_group_if_none)
         # One variant each: own or borrowed K/V, lent or not, with gradient or without.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
+        layer: Any
         for layer in self.layers.values():
+            layer.compiled_swiglu = self._model.activation == "swiglu"
             layer.compile(dynamic=False)
 
     def forward(

@@ -8,6 +8,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from skv_dist.model.attention import KV
 from skv_dist.model.norm import RMSNorm
+from skv_dist.model.swiglu import swiglu
 
 
 class RoutedLayer(TransformerLayer):
@@ -16,7 +17,9 @@ class RoutedLayer(TransformerLayer):
     ``TransformerLayer.forward`` has no place for them, and differs between Megatron-core versions.
     """
 
-    recompute_mlp_region = False  # set once by the chunk from train.recompute
+    # Set once by the chunk.
+    recompute_mlp_region = False  # from train.recompute
+    compiled_swiglu = False  # whether `skv_dist.model.swiglu` takes the place of Megatron's activation
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,8 +54,14 @@ class RoutedLayer(TransformerLayer):
 
         normed = self.pre_mlp_layernorm(hidden)
         if self.recompute_mlp_region and self.training:
-            transformed, bias = tensor_parallel.checkpoint(self.mlp, False, normed)
+            transformed, bias = tensor_parallel.checkpoint(self._feed_forward, False, normed)
         else:
-            transformed, bias = self.mlp(normed)
+            transformed, bias = self._feed_forward(normed)
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
         return add((self.post_mlp_norm(transformed), bias), hidden, self.hidden_dropout), own
+
+    def _feed_forward(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self.compiled_swiglu:
+            return self.mlp(normed)
+        joint, _ = self.mlp.linear_fc1(normed)
+        return self.mlp.linear_fc2(swiglu(joint))
