@@ -34,10 +34,10 @@ from .shapes import SHAPES
 
 # Kinds of kernels by a part of their names; the first that fits. Inductor names its kernels after what it fused.
 _KINDS = {
-    "attention": ("flash", "fmha", "cudnn_generated", "sdpa"),
+    "attention": ("flash", "fmha", "cudnn", "sdpa"),
     "loss": ("exp",),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
-    "optimizer": ("adam", "lpnorm", "multi_tensor"),
+    "optimizer": ("adam", "lerp", "lpnorm", "multi_tensor"),
     "norms, rotary, SwiGLU, residuals (compiled)": ("triton",),
     "copies, sums, zeros": ("",),
 }
