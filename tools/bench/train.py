@@ -1,10 +1,12 @@
 """Speed of our own trainer, dense and routed by turns in one process, and where a step's time goes.
 
     python -m skv_tools.bench.train --shape qwen3-1.7b --sequence-length 2048 --micro-batch 8 --out FILE.json
+    torchrun --nproc-per-node 2 -m skv_tools.bench.train --zero-stage 1 --out FILE.json    # two replicas
 
-Random tokens; all else is what ``skv-train`` runs: data thread, guard, clipping, fused AdamW with fp32 masters. Writes
-the median tokens/s of each routing policy, peak memory, the losses, how often the host waited for the GPU within a
-step, graphs compiled after the warm-up, and with ``--profile`` the GPU time of one step by kind of kernel.
+Random tokens; all else is what ``skv-train`` runs, over as many replicas as there are processes: data thread, guard,
+clipping, AdamW with fp32 masters. Writes the median tokens/s of each routing policy, peak memory, the losses, how often
+the host waited for the GPU within a step, graphs compiled after the warm-up, and with ``--profile`` the GPU time of one
+step by kind of kernel.
 """
 
 import argparse
@@ -120,7 +122,7 @@ class _Watch(Callback):
         self.kernels = sorted(((n, sum(t), len(t)) for n, t in by_name.items()), key=lambda entry: -entry[1])
 
 
-def _config(arguments: argparse.Namespace, policy: str) -> RunConfig:
+def _config(arguments: argparse.Namespace, policy: str, replicas: int) -> RunConfig:
     on_gpu = torch.cuda.is_available()
     return RunConfig.model_validate(
         {
@@ -130,7 +132,7 @@ def _config(arguments: argparse.Namespace, policy: str) -> RunConfig:
                      "validation_fraction": 0.0},
             "parallel": {"zero_stage": arguments.zero_stage},
             "train": {"steps": arguments.steps, "output_dir": "unused", "precision": "bf16", "compile": on_gpu,
-                      "global_batch_size": arguments.micro_batch * arguments.accumulate,
+                      "global_batch_size": arguments.micro_batch * arguments.accumulate * replicas,
                       "micro_batch_size": arguments.micro_batch, "recompute": arguments.recompute},
             "optimizer": {"lr": 1e-4, "schedule": "constant"},
             "eval": {"every": 0},
@@ -169,7 +171,8 @@ def main(argv: list[str]) -> int:
         raise UserError("--warmup must be smaller than --steps")
     from torch._dynamo.utils import counters
 
-    runs = {policy: _config(arguments, policy) for policy in arguments.routing}
+    replicas = groups.world_size_from_environment()
+    runs = {policy: _config(arguments, policy, replicas) for policy in arguments.routing}
     first = runs[arguments.routing[0]]
     world = groups.start(first.parallel)
     vocab_size = first.model.vocab_size or 0
@@ -188,7 +191,7 @@ def main(argv: list[str]) -> int:
     peak = peak_flops(world.device)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     report: dict[str, Any] = {
-        "what": "skv-dist", "device": device, "software": software(), "command": " ".join(argv),
+        "what": "skv-dist", "device": device, "replicas": replicas, "software": software(), "command": " ".join(argv),
         "flops_per_token": flops, "recompiled": counters["stats"]["unique_graphs"] - compiled,
     }  # fmt: skip
     for policy, watches in found.items():
@@ -197,14 +200,16 @@ def main(argv: list[str]) -> int:
         steps = sum(len(w.metrics) - arguments.warmup for w in watches[1:])
         report[policy] = {
             "tokens_per_second": rate, "model_tflops_per_second": rate * flops / 1e12,
-            "mfu": rate * flops / peak if peak else None,
+            "mfu": rate * flops / (peak * replicas) if peak else None,
             "peak_gib": float(watches[-1].metrics[-1]["peak_memory_bytes"]) / 2**30,
             "waits_per_step": sum(w.waits for w in watches[1:]) / steps,
             "losses": [m["loss"] for m in watches[0].metrics],
             "milliseconds": watches[-1].kinds, "kernels": watches[-1].kernels[:80],
         }  # fmt: skip
-        print(f"{policy}: {rate:,.0f} tokens/s, {report[policy]['waits_per_step']:.2f} waits a step", flush=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        if world.is_first:
+            print(f"{policy}: {rate:,.0f} tokens/s, {report[policy]['waits_per_step']:.2f} waits a step", flush=True)
+    if world.is_first:
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     engine.close()
     groups.stop()
     return 0
