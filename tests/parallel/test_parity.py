@@ -115,7 +115,10 @@ def test_recompute_repeats_the_dropout(workers: Any, parallel: dict[str, Any]) -
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("micro_batch", [2, jobs.GLOBAL_BATCH])  # summed gradients, and gradients as they came
-def test_compiled_layers_and_optimizer_equal_one_process(workers: Any, micro_batch: int) -> None:
-    train = {"compile": True, "micro_batch_size": micro_batch}
+@pytest.mark.parametrize(
+    ("micro_batch", "recompute"),
+    [(2, "none"), (jobs.GLOBAL_BATCH, "selective")],  # gradients summed over micro-batches, and as they came
+)
+def test_compiled_layers_and_optimizer_equal_one_process(workers: Any, micro_batch: int, recompute: str) -> None:
+    train = {"compile": True, "micro_batch_size": micro_batch, "recompute": recompute}
     compare(workers, 1, jobs.config(parallel={"zero_stage": 1}, train=train))
