@@ -1,7 +1,6 @@
 """``skv-checkpoint``: look at a run's checkpoints, take the weights out, remove old ones. One process, no GPU."""
 
 import argparse
-import json
 import math
 import shutil
 from pathlib import Path
@@ -53,31 +52,18 @@ def _inspect(folder: Path, with_tensors: bool) -> None:
 
 
 def _export(folder: Path, out: Path) -> None:
-    from safetensors.torch import save_file
-
     from skv_dist.training.checkpoint import read_tensors, tensor_shapes
 
+    from .weights import write_weights
+
     files.verify(folder)
-    shapes = {name: shape for name, shape in tensor_shapes(folder).items() if name.startswith("model.")}
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, shape in sorted(shapes.items()):
-        if held and held + 4 * math.prod(shape) > _FILE_BYTES:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += 4 * math.prod(shape)
-    places = {}
+    shapes = {name: shape for name, shape in sorted(tensor_shapes(folder).items()) if name.startswith("model.")}
+    tensors = ((name.removeprefix("model."), read_tensors(folder, [name])[name]) for name in shapes)
+    names = {name.removeprefix("model."): shape for name, shape in shapes.items()}
     with new_folder(out) as aside:
-        for number, names in enumerate(shards):
-            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {name.removeprefix("model."): value for name, value in read_tensors(folder, names).items()}
-            save_file(tensors, aside / file)
-            places.update(dict.fromkeys(tensors, file))
-        index = {"metadata": {"total_size": sum(4 * math.prod(s) for s in shapes.values())}, "weight_map": places}
-        (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        written = write_weights(aside, names, "float32", _FILE_BYTES, tensors)
         shutil.copy(folder / files.CONFIG, aside / files.CONFIG)
-    print(f"{out}: {len(places)} tensors in {len(shards)} files")
+    print(f"{out}: {len(names)} tensors in {written} file{'s' if written > 1 else ''}")
 
 
 @command

@@ -37,7 +37,7 @@ def test_inspect_export_prune(
     assert "exp_avg.layers.7.mlp.linear_fc2.weight  [32, 48]" in printed
 
     assert call(monkeypatch, "export", last, tmp_path / "out") == 0
-    weights = load_file(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
     assert weights["embedding.weight"].shape == (259, 32)
     assert all(np.isfinite(value).all() for value in weights.values())
     assert call(monkeypatch, "export", last, tmp_path / "out") == 2

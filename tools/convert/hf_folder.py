@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from skv_dist.errors import UserError
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+from ..weights import INDEX, SINGLE
 
 
 def read_json(file: Path) -> dict[str, Any]:

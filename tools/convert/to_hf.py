@@ -1,9 +1,8 @@
 """A checkpoint of any layout to a folder that inference engines load."""
 
 import json
-import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,11 @@ from skv_dist.training import checkpoint_files as files
 from skv_dist.training.checkpoint import read_tensors, tensor_shapes
 
 from .. import engines
+from ..weights import write_weights
 from .hf_config import check_exportable, gemma4_fields, hf_config, shared_fields, stock_architecture, stock_fields
-from .hf_folder import INDEX, SINGLE
 from .names import Entry, entries, is_left_out, shapes, split
 from .tokenizer import save_tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 ENGINES = Path(engines.__file__).parent
 CODE = ("modeling_skv.py", "mlx_skv.py")  # what travels with a shared model
 
@@ -94,7 +91,7 @@ def write_folder(checkpoint: Path, aside: Path, export: Export) -> None:
             return [torch.full(s, float(entry.kind == "ones")) for s in shapes(entry, model, vocab_size)]
         return _read(checkpoint, entry, model)
 
-    write_weights(aside, model, vocab_size, owners, export, dtype, read)
+    write_tensors(aside, model, vocab_size, owners, export, dtype, read)
 
 
 def _read(checkpoint: Path, entry: Entry, model: ModelConfig) -> Sequence[torch.Tensor]:
@@ -102,7 +99,7 @@ def _read(checkpoint: Path, entry: Entry, model: ModelConfig) -> Sequence[torch.
     return split(entry, read_tensors(checkpoint, [name])[name], model)
 
 
-def write_weights(
+def write_tensors(
     out: Path, model: ModelConfig, vocab_size: int, owners: Sequence[int] | None, export: Export, dtype: str, read: Any
 ) -> None:
     """Safetensors of all tensors, those of `is_left_out` excepted.
@@ -110,44 +107,10 @@ def write_weights(
     Args:
         read: from an `Entry` to its tensors in the order of ``entry.theirs``.
     """
-    size = DTYPES[dtype].itemsize
-    shards: list[list[Entry]] = [[]]
-    held = total = 0
-    for entry in entries(model):
-        more = sum(math.prod(shape) * size for _, shape in _kept(entry, model, vocab_size, owners))
-        if shards[-1] and held + more > export.shard_bytes:
-            shards.append([])
-            held = 0
-        shards[-1].append(entry)
-        held, total = held + more, total + more
-    places = {}
-    for number, part in enumerate(shards):
-        file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        kept = {name: shape for entry in part for name, shape in _kept(entry, model, vocab_size, owners)}
-        found = (pair for entry in part if kept.keys() & entry.theirs for pair in zip(entry.theirs, read(entry)))
-        _write_file(out / file, kept, dtype, ((name, tensor) for name, tensor in found if name in kept))
-        places.update(dict.fromkeys(kept, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (out / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _write_file(
-    file: Path, shapes: dict[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, torch.Tensor]]
-) -> None:
-    """safetensors, written as the tensors come: `safetensors.torch.save_file` wants all of a file's in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * DTYPES[dtype].itemsize
-        header[name] = {"dtype": _SAFETENSORS[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for (name, tensor), expected in zip(tensors, shapes, strict=True):
-            assert (name, tuple(tensor.shape)) == (expected, shapes[name])
-            stream.write(tensor.to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data)
+    kept = dict(pair for entry in entries(model) for pair in _kept(entry, model, vocab_size, owners))
+    wanted = (entry for entry in entries(model) if kept.keys() & entry.theirs)
+    found = (pair for entry in wanted for pair in zip(entry.theirs, read(entry)))
+    write_weights(out, kept, dtype, export.shard_bytes, ((name, tensor) for name, tensor in found if name in kept))
 
 
 def _kept(

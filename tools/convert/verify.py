@@ -19,10 +19,11 @@ from skv_dist.parallel import groups
 from skv_dist.routing import RoutePlan, map_from_retention
 from skv_dist.training.checkpoint_files import read_state
 
+from ..weights import DTYPES
 from .hf_config import hf_config, shared_fields
 from .hf_folder import read_json
 from .names import shapes
-from .to_hf import CODE, DTYPES, ENGINES, Export, write_weights
+from .to_hf import CODE, ENGINES, Export, write_tensors
 
 Array = npt.NDArray[np.float32]
 Map = tuple[int, ...]
@@ -209,7 +210,7 @@ def _write_unshared(checkpoint: Path, out: Path, dtype: str) -> None:
     for name in CODE:
         (out / name).write_bytes((ENGINES / name).read_bytes())
     export = replace(Export(own), dtype=dtype)
-    write_weights(out, small, 8, None, export, dtype, lambda entry: [torch.ones(s) for s in shapes(entry, small, 8)])
+    write_tensors(out, small, 8, None, export, dtype, lambda entry: [torch.ones(s) for s in shapes(entry, small, 8)])
 
 
 def _run(engine: str, python: str, folder: Path, tokens: Path, out: Path, *more: str) -> dict[str, Array]:
