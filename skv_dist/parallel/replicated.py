@@ -44,8 +44,8 @@ class ReplicatedEngine(Engine):
             same = parameter.dtype == torch.float32
             self._master_of[parameter] = parameter if same else torch.nn.Parameter(parameter.detach().float())
             parameter.register_post_accumulate_grad_hook(self._accumulate)
-        masters = [(name, self._master_of[parameter]) for name, parameter in named]
-        self.optimizer = build_optimizer(iter(masters), run.optimizer, fused=True)
+        masters = iter([(name, self._master_of[parameter]) for name, parameter in named])
+        self.optimizer = build_optimizer(masters, run.optimizer, fused=True)
         self._compiled: CompiledAdamW | None = None
         if run.train.compile:
             self._compiled = CompiledAdamW(self.optimizer, [(name, self._master_of[p], p) for name, p in named])
