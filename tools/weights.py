@@ -35,6 +35,7 @@ def write_weights(
         file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         _write_file(folder / file, shard, dtype, islice(coming, len(shard)))
         places.update(dict.fromkeys(shard, file))
+    assert next(coming, None) is None
     if len(shards) > 1:
         total = size * sum(math.prod(shape) for shape in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
