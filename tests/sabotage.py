@@ -32,6 +32,12 @@ def clipped_by_default() -> Any:
     return _settings(lambda c: c.pop("gradient_clipping"))
 
 
+def gradients_reduced_as_they_arrive() -> Any:
+    from skv_dist.parallel import zero
+
+    return mock.patch.object(zero, "keep_layers_in_order", _nothing)
+
+
 def gradients_not_summed_over_tensor_ranks() -> Any:
     from skv_dist.parallel import build
 

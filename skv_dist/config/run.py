@@ -60,6 +60,12 @@ class RunConfig(Section):
                 "data.reset_attention: true and model.transformer_impl: transformer_engine do not work together: "
                 "set model.transformer_impl=local"
             )
+        recomputed = train.recompute_modules if train.recompute == "selective" else []
+        if train.compile and model.attention_dropout and "core_attn" in recomputed:
+            raise UserError(
+                f"train.compile: true and model.attention_dropout {model.attention_dropout} do not work together where "
+                "train.recompute: selective repeats core_attn, with other random numbers: set train.recompute=full"
+            )
         if self.eval.every and data.validation_fraction == 0 and not data.validation_sources:
             raise UserError(
                 f"eval.every is {self.eval.every}, but data.validation_fraction is 0 and there are no "

@@ -7,7 +7,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
@@ -114,12 +114,26 @@ class RoutedChunk(MegatronModule):
         # Megatron warns of a deprecated argument inside its own row-parallel linear, which would cut the graph.
         # What the function returns never changes.
         torch.compiler.assume_constant_result(get_tensor_model_parallel_group_if_none)
-        # One variant each: own or borrowed K/V, lent or not, with gradient or without.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 16)
+        # One variant each: own K/V, borrowed on this stage, or from another; lent or not; training, in a region to be
+        # recomputed, or evaluating. None of them comes back for another route table.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         layer: Any
         for layer in self.layers.values():
+            if self.tp_size > 1:
+                self._keep_collectives_eager(layer)
             layer.compiled_swiglu = self._model.activation == "swiglu"
-            layer.compile(dynamic=False)
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+
+    def _keep_collectives_eager(self, layer: Any) -> None:
+        """Leave to Megatron what talks to other ranks: it waits for its collectives by handles, which the compiler does
+        not follow. Traced, they give wrong gradients without an error (torch 2.11) or fail (2.13).
+        """
+        for module in layer.modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                module.forward = torch.compiler.disable(module.forward)
+        if self._model.num_kv_heads < self.tp_size:  # projections are gathered before they are split into heads
+            attention = layer.self_attention
+            attention.get_query_key_value_tensors = torch.compiler.disable(attention.get_query_key_value_tensors)
 
     def forward(
         self,

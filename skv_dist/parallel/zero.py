@@ -11,7 +11,8 @@ import torch
 from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
-from skv_dist.parallel.build import build_root, local_initial_values
+from skv_dist.model.layer import RoutedLayer
+from skv_dist.parallel.build import Root, build_root, local_initial_values
 from skv_dist.parallel.engine import MODEL, Engine, StepOutcome, build_optimizer, is_valid_norm
 from skv_dist.parallel.groups import model_parallel_unit
 from skv_dist.parallel.tied import TiedHead
@@ -46,6 +47,37 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any]:
     return config
 
 
+def keep_layers_in_order(zero: Any, root: Root) -> None:
+    """Hand DeepSpeed the gradients of a layer together, in the order of its parameters.
+
+    It fills buckets with gradients as they arrive, and adds them up over the replicas by their place in the bucket. The
+    backward of a compiled layer brings all of its gradients at once, and autograd then takes them in an order that
+    depends on which K/V the layer borrowed: replicas with other routes would add up different parameters, without an
+    error.
+    """
+    reduce = zero.reduce_ready_partitions_and_remove_grads
+    together: dict[torch.nn.Parameter, list[torch.nn.Parameter]] = {}
+    chunk: Any
+    for chunk in root.chunks:
+        for layer in chunk.layers.values():
+            parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+            together.update(dict.fromkeys(parameters, parameters))
+    arrived: dict[torch.nn.Parameter, tuple[Any, ...]] = {}
+
+    def in_order(parameter: torch.nn.Parameter, *rest: Any) -> None:
+        if parameter not in together:
+            reduce(parameter, *rest)
+            return
+        if parameter in arrived:
+            raise RuntimeError("the backward of a layer gave some of its parameters no gradient")
+        arrived[parameter] = rest
+        if all(other in arrived for other in together[parameter]):
+            for other in together[parameter]:
+                reduce(other, *arrived.pop(other))
+
+    zero.reduce_ready_partitions_and_remove_grads = in_order
+
+
 class ZeroEngine(Engine):
     """A `DeepSpeedEngine` (not its `PipelineEngine`)."""
 
@@ -68,6 +100,9 @@ class ZeroEngine(Engine):
         self.root = build_root(run, vocab_size, device, context)
         if self._stage == 3:
             self._register_tied_weight(deepspeed)
+            if run.train.compile:
+                # Its hooks on every module would cut a layer's graph at each of them.
+                deepspeed.utils.set_z3_leaf_modules(self.root, [RoutedLayer])
         self._write(local_initial_values(run, self.root, vocab_size))
         self.optimizer = build_optimizer(self.root.named(), run.optimizer, device.type == "cuda")
         self.optimizer.leave_out = self._leave_out
@@ -76,6 +111,8 @@ class ZeroEngine(Engine):
             model=self.root, optimizer=self.optimizer, config=config, mpu=model_parallel_unit(),
             dist_init_required=False,
         )
+        if not self._reduces_in_step:
+            keep_layers_in_order(self._zero, self.root)
         self.tied = TiedHead(self.root)
         self.tied.refresh()
         # Two backwards with no forward between them would drop the gradient of the second (RECIPE.md, trap 3).
@@ -123,10 +160,15 @@ class ZeroEngine(Engine):
             return self._zero.fp32_partitioned_groups_flat
         return [master for _, master in self._flat_groups()]
 
+    @property
+    def _reduces_in_step(self) -> bool:
+        """Whether this is DeepSpeed's ``BF16_Optimizer``: stage 1, bf16, fp32 accumulation. Others reduce in backward."""
+        return hasattr(self._zero, "fp32_groups_flat_partition")
+
     def _flat_groups(self) -> Iterator[tuple[list[torch.nn.Parameter], torch.Tensor]]:
         """Stages 1 and 2: the parameters of each group, and this rank's part of their fp32 masters end to end."""
         zero = self._zero
-        if hasattr(zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1, bf16, fp32 accumulation
+        if self._reduces_in_step:
             return zip(zero.bf16_groups, zero.fp32_groups_flat_partition)
         return zip(zero.bit16_groups, zero.single_partition_of_fp32_groups)
 

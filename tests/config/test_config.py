@@ -85,6 +85,10 @@ def test_the_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
         ("model.num_kv_heads=3", "num_kv_heads 3"),
         ("data.sequence_length=100000", "max_position_embeddings"),
         ("data.validation_fraction=0", "eval.every"),
+        (
+            "train.compile=true train.recompute=selective model.attention_dropout=0.1",
+            "train.compile: true and model.attention_dropout 0.1 do not work together",
+        ),
         ("train.micro_batch_size=5", "not divisible by train.micro_batch_size"),
         ("eval.retention=[0.5,0.501]", "differ in two decimals"),
         ("eval.retention=[1.5]", "eval.retention"),

@@ -114,11 +114,30 @@ def test_recompute_repeats_the_dropout(workers: Any, parallel: dict[str, Any]) -
         check(run(recompute), expected, 1e-6)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize(
-    ("micro_batch", "recompute"),
-    [(2, "none"), (jobs.GLOBAL_BATCH, "selective")],  # gradients summed over micro-batches, and as they came
-)
-def test_compiled_layers_and_optimizer_equal_one_process(workers: Any, micro_batch: int, recompute: str) -> None:
+# processes, layout, micro-batch (of a global batch of 8: as gradients came, or summed over micro-batches), recompute
+COMPILED: list[tuple[int, dict[str, Any], int, str]] = [
+    (1, {}, 2, "none"),
+    (1, {}, jobs.GLOBAL_BATCH, "selective"),
+    (2, {"zero_stage": 2}, 2, "none"),
+    (2, {"zero_stage": 3}, 2, "full"),
+    (2, {"pipeline": 2, "virtual_pipeline": 2}, 2, "full"),
+    (2, {"tensor": 2, "sequence_parallel": True}, 2, "selective"),
+    (4, {"tensor": 4}, 2, "none"),
+    (4, {"tensor": 2, "zero_stage": 2}, 2, "full"),
+]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+
+
+@needs_compiler
+@pytest.mark.parametrize(("processes", "parallel", "micro_batch", "recompute"), COMPILED, ids=str)
+def test_compiled_equals_one_process(
+    workers: Any, processes: int, parallel: dict[str, Any], micro_batch: int, recompute: str
+) -> None:
     train = {"compile": True, "micro_batch_size": micro_batch, "recompute": recompute}
-    compare(workers, 1, jobs.config(parallel={"zero_stage": 1}, train=train))
+    compare(workers, processes, jobs.config(parallel={"zero_stage": 1, **parallel}, train=train))
+
+
+@needs_compiler
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v)))
+def test_compiled_model_variants_equal_one_process(workers: Any, variant: dict[str, dict[str, Any]]) -> None:
+    compare(workers, 1, jobs.config(train={"compile": True}, **variant))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests import jobs
-from tests.parallel.test_parity import TOLERANCE, check, one_process
+from tests.parallel.test_parity import TOLERANCE, check, needs_compiler, one_process
 
 # fault, processes, parallel section, recompute
-FAULTS: list[tuple[str, int, dict[str, Any], str]] = [
+FAULTS: list[Any] = [
     ("divided_at_every_stage", 2, {"zero_stage": 1}, "none"),
     ("gradients_not_summed_over_tensor_ranks", 2, {"zero_stage": 0, "tensor": 2, "sequence_parallel": True}, "none"),
     ("gradients_not_summed_over_tensor_ranks", 4, {"zero_stage": 1, "tensor": 2}, "none"),  # q/k-norms, without SP
@@ -28,6 +28,7 @@ FAULTS: list[tuple[str, int, dict[str, Any], str]] = [
     ("sources_swapped_on_the_wire", 2, {"zero_stage": 0, "pipeline": 2}, "none"),
     ("received_kv_detached", 2, {"zero_stage": 1, "pipeline": 2}, "full"),
     ("tied_gradient_left_out", 4, {"zero_stage": 1, "pipeline": 2}, "none"),
+    pytest.param("gradients_reduced_as_they_arrive", 2, {"zero_stage": 2}, "none", marks=needs_compiler),
     ("tied_weight_not_refreshed", 2, {"zero_stage": 0, "pipeline": 2}, "none"),
 ]
 
@@ -37,7 +38,8 @@ def test_fault_is_noticed(
     workers: Any, fault: str, processes: int, parallel: dict[str, Any], recompute: str
 ) -> None:
     model = {"tie_embeddings": fault.startswith("tied")}
-    settings = jobs.config(parallel=parallel, train={"recompute": recompute}, model=model)
+    train = {"recompute": recompute, "compile": fault == "gradients_reduced_as_they_arrive"}
+    settings = jobs.config(parallel=parallel, train=train, model=model)
     expected = one_process(workers, settings)
     # Without the flag's cure the gradients are wrong, and the second step fails as well: none is made.
     steps = 0 if fault == "backward_seen_flag_kept" else 3
