@@ -162,7 +162,7 @@ class ZeroEngine(Engine):
 
     @property
     def _reduces_in_step(self) -> bool:
-        """Whether this is ``BF16_Optimizer``: stage 1, bf16, fp32 accumulation. DeepSpeed's others reduce in backward."""
+        """Whether this is ``BF16_Optimizer`` (stage 1, bf16, fp32 accumulation). The others reduce in backward."""
         return hasattr(self._zero, "fp32_groups_flat_partition")
 
     def _flat_groups(self) -> Iterator[tuple[list[torch.nn.Parameter], torch.Tensor]]:
