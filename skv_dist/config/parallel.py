@@ -23,6 +23,11 @@ class ParallelConfig(Section):
     def _supported(self) -> "ParallelConfig":
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel: true needs tensor > 1: set parallel.sequence_parallel=false")
+        if self.overlap_comm and self.zero_stage < 2:
+            raise ValueError(
+                f"overlap_comm: true needs zero_stage 2 or 3, not {self.zero_stage}, which reduces behind the "
+                "backward pass: set parallel.overlap_comm=false or parallel.zero_stage=2"
+            )
         if self.pipeline == 1:
             for key in ("virtual_pipeline", "first_stage_layers", "last_stage_layers"):
                 if getattr(self, key) not in (None, 1):

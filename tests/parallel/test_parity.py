@@ -81,6 +81,11 @@ def test_layout_equals_one_process(
     compare(workers, processes, settings)
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_reducing_beside_the_backward_pass_equals_one_process(workers: Any, zero: int) -> None:
+    compare(workers, 2, jobs.config(parallel={"zero_stage": zero, "overlap_comm": True}))
+
+
 VARIANTS: list[dict[str, dict[str, Any]]] = [
     {"model": {"norm": "layernorm", "activation": "gelu", "qk_norm": False, "tie_embeddings": True}},
     {
