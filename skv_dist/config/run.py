@@ -60,8 +60,8 @@ class RunConfig(Section):
                 "data.reset_attention: true and model.transformer_impl: transformer_engine do not work together: "
                 "set model.transformer_impl=local"
             )
-        recomputed = train.recompute_modules if train.recompute == "selective" else []
-        if train.compile and model.attention_dropout and "core_attn" in recomputed:
+        repeats_core = train.recompute == "selective" and "core_attn" in train.recompute_modules
+        if train.compile and model.attention_dropout and repeats_core:
             raise UserError(
                 f"train.compile: true and model.attention_dropout {model.attention_dropout} do not work together where "
                 "train.recompute: selective repeats core_attn, with other random numbers: set train.recompute=full"

@@ -115,7 +115,7 @@ class RoutedChunk(MegatronModule):
         # What the function returns never changes.
         torch.compiler.assume_constant_result(get_tensor_model_parallel_group_if_none)
         # One variant each: own K/V, borrowed on this stage, or from another; lent or not; training, in a region to be
-        # recomputed, or evaluating. None of them comes back for another route table.
+        # recomputed, or evaluating. Another route table needs no other variants.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         layer: Any
         for layer in self.layers.values():

@@ -10,7 +10,6 @@ from megatron.core.utils import make_viewless_tensor
 
 from skv_dist.config.run import RunConfig
 from skv_dist.model.attention import KV
-from skv_dist.model.gradients import contiguous_gradient
 
 
 def kv_width(run: RunConfig) -> int:
@@ -34,14 +33,15 @@ def pack(hidden: torch.Tensor, live: Mapping[int, KV], sources: Sequence[int], w
         width: pad with zeros to this many columns; None: no padding.
     """
     rows, batch = hidden.shape[:2]
-    parts = [contiguous_gradient(hidden)]
+    parts = [hidden.flatten()]
     for source in sources:
-        parts += [live[source].key, live[source].value]
-    parts = [part.flatten() for part in parts]
-    if width is not None:
-        parts.append(hidden.new_zeros(width * rows * batch - sum(part.numel() for part in parts)))
+        parts += [live[source].key.flatten(), live[source].value.flatten()]
+    missing = 0 if width is None else width * rows * batch - sum(part.numel() for part in parts)
+    if missing:
+        parts.append(hidden.new_zeros(missing))
+    packed = torch.cat(parts) if len(parts) > 1 else parts[0]
     # The schedule frees what it has sent, which it refuses to do with a view.
-    return make_viewless_tensor(torch.cat(parts).view(rows, batch, -1), True, True)
+    return make_viewless_tensor(packed.view(rows, batch, -1), True, True)
 
 
 def unpack(

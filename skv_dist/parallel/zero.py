@@ -111,7 +111,7 @@ class ZeroEngine(Engine):
             model=self.root, optimizer=self.optimizer, config=config, mpu=model_parallel_unit(),
             dist_init_required=False,
         )
-        if not self._reduces_in_step:
+        if self._stage >= 2:  # stage 1 reduces in step, in the order of the parameters
             keep_layers_in_order(self._zero, self.root)
         self.tied = TiedHead(self.root)
         self.tied.refresh()
@@ -160,15 +160,10 @@ class ZeroEngine(Engine):
             return self._zero.fp32_partitioned_groups_flat
         return [master for _, master in self._flat_groups()]
 
-    @property
-    def _reduces_in_step(self) -> bool:
-        """Whether this is ``BF16_Optimizer`` (stage 1, bf16, fp32 accumulation). The others reduce in backward."""
-        return hasattr(self._zero, "fp32_groups_flat_partition")
-
     def _flat_groups(self) -> Iterator[tuple[list[torch.nn.Parameter], torch.Tensor]]:
         """Stages 1 and 2: the parameters of each group, and this rank's part of their fp32 masters end to end."""
         zero = self._zero
-        if self._reduces_in_step:
+        if hasattr(zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1, bf16, fp32 accumulation
             return zip(zero.bf16_groups, zero.fp32_groups_flat_partition)
         return zip(zero.bit16_groups, zero.single_partition_of_fp32_groups)
 
