@@ -67,7 +67,7 @@ def killed_run(
         started = start(folder / "killed.yaml", given("killed"), processes)
         if chance.random() < 0.1:
             time.sleep(chance.uniform(0, 10))
-            seen["killed while starting"] += 1
+            seen["killed up to 10 s after the start"] += 1
         else:
             _wait_for_a_checkpoint(started, root)
             time.sleep(chance.uniform(0, 1.0))
