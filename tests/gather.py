@@ -7,8 +7,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
-from skv_dist.model.sharding import join, kind_of
-from skv_dist.parallel.engine import MODEL, Engine
+from skv_dist.parallel.engines.base import MODEL, Engine
+from skv_dist.parallel.tensor_split import join, kind_of
 
 
 def full_parameters(engine: Engine, run: RunConfig, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -31,9 +31,7 @@ def _place(name: str) -> tuple[int, str]:
     return (0, name) if first == "embedding" else (2**31, name)
 
 
-def _joined(
-    engine: Engine, run: RunConfig, vocab_size: int, name: str, parameter: torch.nn.Parameter
-) -> torch.Tensor:
+def _joined(engine: Engine, run: RunConfig, vocab_size: int, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
     part = engine.read(parameter, MODEL).contiguous()
     parts = [torch.empty_like(part) for _ in range(group.size())]

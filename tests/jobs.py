@@ -13,17 +13,27 @@ GLOBAL_BATCH = 8
 
 BASE: dict[str, Any] = {
     "model": {
-        "num_layers": 8, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_kv_heads": 2,
-        "qk_norm": True, "make_vocab_size_divisible_by": 8, "transformer_impl": "local",
+        "num_layers": 8,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "qk_norm": True,
+        "make_vocab_size_divisible_by": 8,
+        "transformer_impl": "local",
     },
     "routing": {"policy": "r_cla", "cross_prob": 0.6},
     "data": {"sequence_length": SEQUENCE, "sources": [{"path": "unused", "format": "text"}]},
     "train": {
-        "steps": 3, "output_dir": "unused", "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2,
-        "precision": "fp32", "seed": 7,
+        "steps": 3,
+        "output_dir": "unused",
+        "global_batch_size": GLOBAL_BATCH,
+        "micro_batch_size": 2,
+        "precision": "fp32",
+        "seed": 7,
     },
     "optimizer": {"lr": 1e-2, "eps": 1e-4, "clip_grad_norm": 0.5, "weight_decay": 0.1},
-}  # fmt: skip
+}
 
 
 def config(**sections: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +64,7 @@ def global_batch(step: int, reset_attention: bool = False, size: int = 2) -> lis
 def built(settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """(run, world), with process groups that are left afterwards."""
     from skv_dist.config.run import RunConfig
-    from skv_dist.parallel import groups
+    from skv_dist.parallel.processes import groups
 
     run = RunConfig.model_validate(settings)
     try:
@@ -65,7 +75,7 @@ def built(settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 @contextlib.contextmanager
 def made_engine(run: Any, world: Any, vocab_size: int = VOCAB) -> Iterator[Any]:
-    from skv_dist.parallel.create import create_engine
+    from skv_dist.parallel.engines.create import create_engine
 
     engine = create_engine(run, vocab_size, world.device)
     try:
@@ -80,7 +90,7 @@ def _capture_gradients(engine: Any, run: Any) -> dict[str, np.ndarray]:
     The optimizer's update is replaced by "parameter := gradient" for one step: whatever the ZeRO stage, full
     parameters then are full gradients, and no private attribute is read.
     """
-    from skv_dist.parallel.engine import MODEL
+    from skv_dist.parallel.engines.base import MODEL
     from tests.gather import full_parameters
 
     optimizer = engine.optimizer
@@ -151,8 +161,8 @@ def _train(settings: dict[str, Any], steps: int, without_clipping: bool) -> dict
 
 def forward_backward(engine: Any, run: Any, world: Any, step: int) -> float:
     """Gradients of the global batch of ``step``; its loss."""
-    from skv_dist.parallel.groups import seed_dropout
-    from skv_dist.parallel.step import count_tokens, run_batch
+    from skv_dist.parallel.processes.groups import seed_dropout
+    from skv_dist.parallel.run_batch import count_tokens, run_batch
     from skv_dist.routing.draw import DrawKey
 
     batches = global_batch(step, run.data.reset_attention, run.train.micro_batch_size)
@@ -179,9 +189,9 @@ def logits(
     """Logits [b, s, v] under a route table, of given weights (global names) or the initial ones."""
     import torch
 
-    from skv_dist.model.sharding import kind_of, take
-    from skv_dist.parallel.build import local_initial_values
-    from skv_dist.parallel.frozen import FrozenEngine
+    from skv_dist.parallel.engines.frozen import FrozenEngine
+    from skv_dist.parallel.local_model import local_initial_values
+    from skv_dist.parallel.tensor_split import kind_of, take
     from skv_dist.routing import RoutePlan
 
     with built(settings) as (run, world):
@@ -208,9 +218,9 @@ def run_training(settings: dict[str, Any]) -> list[dict[str, Any]]:
     import json
     from pathlib import Path
 
+    from skv_dist.commands.train import train
     from skv_dist.config.run import RunConfig
-    from skv_dist.parallel import groups
-    from skv_dist.training.cli import train
+    from skv_dist.parallel.processes import groups
 
     try:
         train(RunConfig.model_validate(settings))
@@ -286,7 +296,7 @@ def host_reads(settings: dict[str, Any]) -> int:
 
 def leave_out(settings: dict[str, Any]) -> list[bool]:
     """Per check: a step left out changes no parameter, and leaves no gradient for the next one."""
-    from skv_dist.parallel.step import count_tokens, run_batch
+    from skv_dist.parallel.run_batch import count_tokens, run_batch
     from skv_dist.routing import RoutePlan
     from tests.gather import full_parameters
 
@@ -346,7 +356,7 @@ def wire(settings: dict[str, Any]) -> dict[str, Any]:
     from unittest import mock
 
     from skv_dist.model.chunk import RoutedChunk
-    from skv_dist.parallel.step import count_tokens, run_batch
+    from skv_dist.parallel.run_batch import count_tokens, run_batch
     from skv_dist.routing.draw import DrawKey
 
     held: list[Any] = []
@@ -395,7 +405,7 @@ def read_and_write(settings: dict[str, Any], source: str, target: str) -> None:
     """Load a checkpoint into this layout and write it again at once, as step 1."""
     from pathlib import Path
 
-    from skv_dist.training.checkpoint import Saver, load
+    from skv_dist.checkpoint.save import Saver, load
 
     with built(settings) as (run, world), made_engine(run, world, VOCAB_OF_BYTES) as engine:
         load(engine, run, VOCAB_OF_BYTES, Path(source), weights_only=False)
@@ -418,7 +428,7 @@ def run_on_a_full_disk(settings: dict[str, Any], step: int) -> tuple[list[dict[s
     import errno
     from unittest import mock
 
-    from skv_dist.training.checkpoint import Saver
+    from skv_dist.checkpoint.save import Saver
 
     right = Saver._tensors
 

@@ -41,9 +41,12 @@ def cells() -> Iterator[tuple[int, dict[str, Any], str, str]]:
     for processes, tensor, sp, pipeline, virtual in sorted(splits):
         for zero, recompute, policy in itertools.product(range(3), ("none", "full"), POLICIES):
             parallel = {
-                "tensor": tensor, "sequence_parallel": sp, "pipeline": pipeline, "virtual_pipeline": virtual,
+                "tensor": tensor,
+                "sequence_parallel": sp,
+                "pipeline": pipeline,
+                "virtual_pipeline": virtual,
                 "zero_stage": zero,
-            }  # fmt: skip
+            }
             yield processes, parallel, recompute, policy
 
 
@@ -106,10 +109,16 @@ def main() -> int:
             ]
             replicas = processes // (parallel["tensor"] * parallel["pipeline"])
             row = [
-                parallel["tensor"], "yes" if parallel["sequence_parallel"] else "no", parallel["pipeline"],
-                parallel["virtual_pipeline"], replicas, parallel["zero_stage"], recompute, policy,
+                parallel["tensor"],
+                "yes" if parallel["sequence_parallel"] else "no",
+                parallel["pipeline"],
+                parallel["virtual_pipeline"],
+                replicas,
+                parallel["zero_stage"],
+                recompute,
+                policy,
                 *(f"{error:.1e}" for error in errors),
-            ]  # fmt: skip
+            ]
             # Adam magnifies rounding in the parameters where a gradient is nearly zero (tests/parallel/test_parity.py).
             wrong = max(errors[:3]) > TOLERANCE or errors[3] > 20 * TOLERANCE
             bad, done = bad + wrong, done + 1

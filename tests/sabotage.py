@@ -8,7 +8,7 @@ from unittest import mock
 
 def _settings(change: Callable[[dict[str, Any]], None]) -> Any:
     """DeepSpeed's configuration with one cure taken out."""
-    from skv_dist.parallel import zero
+    from skv_dist.parallel.engines import zero
 
     right = zero.deepspeed_config
 
@@ -33,19 +33,19 @@ def clipped_by_default() -> Any:
 
 
 def gradients_reduced_as_they_arrive() -> Any:
-    from skv_dist.parallel import zero
+    from skv_dist.parallel.engines import zero
 
     return mock.patch.object(zero, "keep_layers_in_order", _nothing)
 
 
 def gradients_not_summed_over_tensor_ranks() -> Any:
-    from skv_dist.parallel import build
+    from skv_dist.parallel import local_model as build
 
     return mock.patch.object(build, "add_gradient_sums", _nothing)
 
 
 def split_parameters_not_marked() -> Any:
-    from skv_dist.parallel import build
+    from skv_dist.parallel import local_model as build
 
     def wrong(root: Any, run: Any) -> None:
         for parameter in root.parameters():
@@ -95,7 +95,7 @@ def drawn_again_in_recompute() -> Any:
 
 
 def micro_batch_dropped() -> Any:
-    from skv_dist.parallel import step
+    from skv_dist.parallel import run_batch as step
 
     right = step.run_batch
 
@@ -118,7 +118,7 @@ def plan_of_the_step_before() -> Any:
 
 def sent_tensor_emptied() -> Any:
     """The schedule's own tensor is sent, which it empties once the send has begun."""
-    from skv_dist.parallel.communicator import WireCommunicator
+    from skv_dist.parallel.wire.communicator import WireCommunicator
 
     right = WireCommunicator._communicate
 
@@ -132,7 +132,7 @@ def sent_tensor_emptied() -> Any:
 
 
 def backward_seen_flag_kept() -> Any:
-    from skv_dist.parallel.zero import ZeroEngine
+    from skv_dist.parallel.engines.zero import ZeroEngine
 
     right = ZeroEngine.__init__
 
@@ -167,7 +167,7 @@ def received_kv_detached() -> Any:
 
 
 def tied_gradient_left_out() -> Any:
-    from skv_dist.parallel.tied import TiedHead
+    from skv_dist.parallel.engines.tied import TiedHead
 
     right = TiedHead.gradient
 
@@ -178,7 +178,7 @@ def tied_gradient_left_out() -> Any:
 
 
 def tied_weight_not_refreshed() -> Any:
-    from skv_dist.parallel.engine import Engine
+    from skv_dist.parallel.engines.base import Engine
 
     return mock.patch.object(Engine, "step", lambda self, leave_out=False: self._update(leave_out))
 
@@ -198,8 +198,8 @@ def chunks_without_overlap() -> Any:
 
 def routes_within_two_stages() -> Any:
     """No fault: gives one process the tables that a pipeline of two draws with routing.within_stage."""
+    from skv_dist.config.policy import build_policy
     from skv_dist.config.run import RunConfig
-    from skv_dist.routing import build_policy
 
     def policy(self: Any) -> Any:
         half = self.model.num_layers // 2

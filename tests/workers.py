@@ -23,9 +23,14 @@ MOST_THREADS = 400
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="",
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        CUDA_VISIBLE_DEVICES="",
+    )
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # where it hangs, for the one who reads the log
     import warnings
 

@@ -5,10 +5,9 @@ import math
 import shutil
 from pathlib import Path
 
+from skv_dist.checkpoint import folder as files
 from skv_dist.errors import UserError, command
-from skv_dist.training import checkpoint_files as files
-
-from .folders import new_folder
+from skv_dist.files import new_folder
 
 _FILE_BYTES = 4 * 2**30
 
@@ -30,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(folder: Path, with_tensors: bool) -> None:
-    from skv_dist.training.checkpoint import tensor_shapes
+    from skv_dist.checkpoint.save import tensor_shapes
 
     files.verify(folder)
     state, shapes = files.read_state(folder), tensor_shapes(folder)
@@ -52,7 +51,7 @@ def _inspect(folder: Path, with_tensors: bool) -> None:
 
 
 def _export(folder: Path, out: Path) -> None:
-    from skv_dist.training.checkpoint import read_tensors, tensor_shapes
+    from skv_dist.checkpoint.save import read_tensors, tensor_shapes
 
     from .weights import write_weights
 

@@ -60,8 +60,11 @@ class ModelConfig(Section):
     def _block_is_whole(self) -> "ModelConfig":
         if self.block == "gemma4":
             needed: dict[str, str | bool | None] = {
-                "norm": "rmsnorm", "activation": "geglu", "qk_norm": True, "rope_scaling": None
-            }  # fmt: skip
+                "norm": "rmsnorm",
+                "activation": "geglu",
+                "qk_norm": True,
+                "rope_scaling": None,
+            }
             for key, value in needed.items():
                 if getattr(self, key) != value:
                     found, wanted = getattr(self, key), json.dumps(value)

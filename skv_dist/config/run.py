@@ -8,11 +8,12 @@ from skv_dist.config.checkpoint import CheckpointConfig
 from skv_dist.config.data import DataConfig
 from skv_dist.config.model import ModelConfig
 from skv_dist.config.parallel import ParallelConfig
+from skv_dist.config.policy import build_policy
 from skv_dist.config.routing import RoutingConfig
 from skv_dist.config.section import Section
 from skv_dist.config.train import EvalConfig, OptimizerConfig, TrainConfig
 from skv_dist.errors import UserError
-from skv_dist.routing.policies import Policy, build_policy
+from skv_dist.routing.policies import Policy
 
 
 class RunConfig(Section):

@@ -52,5 +52,3 @@ class EvalConfig(Section):
         if not names or len(set(names)) < len(names):
             raise ValueError("retention needs at least one value, and values that differ in two decimals")
         return value
-
-

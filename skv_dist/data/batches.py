@@ -12,9 +12,9 @@ import torch
 from skv_dist.config.data import DataConfig, SourceConfig
 from skv_dist.data.order import blended
 from skv_dist.data.packing import Sample, SequenceSet, split_prepared
-from skv_dist.data.prepare import cached_folder, prepare
-from skv_dist.data.prepared import PreparedSet
 from skv_dist.data.stream import StreamingSet
+from skv_dist.data.token_set import PreparedSet
+from skv_dist.data.tokenize import cached_folder, prepare
 from skv_dist.data.tokenizer import Tokenizer
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from skv_dist.config.data import DataConfig
 from skv_dist.data.order import held_out, shuffled
-from skv_dist.data.prepared import PreparedSet
+from skv_dist.data.token_set import PreparedSet
 from skv_dist.errors import UserError
 
 

@@ -93,9 +93,7 @@ class StreamingSet:
     ) -> None:
         self._weights = [source.weight for source in sources]
         self._seed = seed
-        self._make = [
-            self._maker(source, config, tokenizer, seed, validation, fraction) for source in sources
-        ]
+        self._make = [self._maker(source, config, tokenizer, seed, validation, fraction) for source in sources]
         self._streams: list[Iterator[Sample]] = []
         self._next = 0
         self._last: Sample | None = None

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 from skv_dist.config.run import RunConfig
 from skv_dist.data.batches import MicroBatch, Samples, micro_batches
-from skv_dist.parallel.engine import Engine
-from skv_dist.parallel.groups import World
-from skv_dist.parallel.step import count_tokens, run_batch
+from skv_dist.parallel.engines.base import Engine
+from skv_dist.parallel.processes.groups import World
+from skv_dist.parallel.run_batch import count_tokens, run_batch
 from skv_dist.routing import RoutePlan, map_from_retention
 
 

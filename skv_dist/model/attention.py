@@ -74,9 +74,15 @@ class SdpaCoreAttention(MegatronModule):
             dropout = self.dropout if self.training else 0.0
             with self._dropout_rng(dropout):
                 out = F.scaled_dot_product_attention(
-                    query, key, value, attn_mask=attention_mask, dropout_p=dropout,
-                    is_causal=attention_mask is None, scale=self.softmax_scale, enable_gqa=grouped,
-                )  # fmt: skip
+                    query,
+                    key,
+                    value,
+                    attn_mask=attention_mask,
+                    dropout_p=dropout,
+                    is_causal=attention_mask is None,
+                    scale=self.softmax_scale,
+                    enable_gqa=grouped,
+                )
         return out.permute(2, 0, 1, 3).flatten(2)  # [s, b, q * d]
 
     def _dropout_rng(self, dropout: float) -> Any:

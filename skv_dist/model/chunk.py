@@ -20,7 +20,7 @@ from skv_dist.model.documents import document_mask
 from skv_dist.model.gradients import contiguous_gradient
 from skv_dist.model.megatron_config import layer_spec, norm_class, transformer_config, transformer_impl
 from skv_dist.model.rotary import inverse_frequencies, rotary_table
-from skv_dist.model.wire import pack, unpack
+from skv_dist.parallel.wire.packing import pack, unpack
 from skv_dist.routing import RoutePlan
 
 
@@ -62,7 +62,7 @@ class RoutedChunk(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self.vp_stage: int | None = None  # which of its rank's chunks this is; set where there are several
         self.tie_embeddings = model.tie_embeddings
-        # The head's weight where it is tied to an embedding on another stage (skv_dist.parallel.tied). No parameter.
+        # The head's weight where it is tied to an embedding on another stage (skv_dist.parallel.engines.tied). No parameter.
         self.tied_weight: torch.Tensor | None = None
         self._received: torch.Tensor | None = None
         self._compiled_loss = run.train.compile
@@ -72,9 +72,13 @@ class RoutedChunk(MegatronModule):
         padded = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, self.tp_size)
         if self.has_embedding:
             self.embedding = VocabParallelEmbedding(
-                padded, model.hidden_size, init_method=_nothing, config=config, tp_group=self.tp_group,
+                padded,
+                model.hidden_size,
+                init_method=_nothing,
+                config=config,
+                tp_group=self.tp_group,
                 reduce_scatter_embeddings=config.sequence_parallel,
-            )  # fmt: skip
+            )
         spec = layer_spec(model, transformer_impl(run))
         self.layers = torch.nn.ModuleDict(
             {
@@ -89,9 +93,15 @@ class RoutedChunk(MegatronModule):
         if self.has_head:
             self.final_norm = norm_class(model)(config, model.hidden_size, model.norm_eps)
             self.output_layer = ColumnParallelLinear(
-                model.hidden_size, padded, config=config, init_method=_nothing, bias=False, gather_output=False,
-                skip_weight_param_allocation=model.tie_embeddings, tp_group=self.tp_group,
-            )  # fmt: skip
+                model.hidden_size,
+                padded,
+                config=config,
+                init_method=_nothing,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=model.tie_embeddings,
+                tp_group=self.tp_group,
+            )
         if run.train.recompute == "selective":
             for layer in self.layers.values():
                 layer.self_attention.recompute_core = "core_attn" in run.train.recompute_modules
@@ -157,7 +167,7 @@ class RoutedChunk(MegatronModule):
         Returns:
             On the last chunk the loss of each token in nats, float32 [b, s]; without labels the logits,
             [b, s, vocab_size]. On the others the hidden state and the K/V that later chunks read, packed
-            (`skv_dist.model.wire`): [s/t, b, width].
+            (`skv_dist.parallel.wire.packing`): [s/t, b, width].
 
         Raises:
             UserError: the plan is for another number of layers, or names a source that is not on this chunk.

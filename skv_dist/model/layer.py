@@ -46,9 +46,7 @@ class RoutedLayer(TransformerLayer):
         read_by_others: bool,
     ) -> tuple[torch.Tensor, KV | None]:
         """hidden [s, b, h] (or [s/t, b, h]) -> the same shape, and this layer's own K/V if a later layer reads them."""
-        attended, bias, own = self.self_attention(
-            self.input_layernorm(hidden), rotary, mask, borrowed, read_by_others
-        )
+        attended, bias, own = self.self_attention(self.input_layernorm(hidden), rotary, mask, borrowed, read_by_others)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         hidden = add((self.post_attention_norm(attended), bias), hidden, self.hidden_dropout)
 

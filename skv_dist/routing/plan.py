@@ -66,6 +66,14 @@ class RoutePlan:
         """
         return tuple(s for s in range(min(layer + 1, self.num_layers)) if self.last_reader[s] > layer)
 
+    def live_at_boundaries(self, stages: Sequence[range]) -> tuple[tuple[int, ...], ...]:
+        """Sources whose K/V cross the boundary behind each stage but the last, in ascending order.
+
+        Args:
+            stages: the layers of each pipeline stage, in the order of execution.
+        """
+        return tuple(self.live_after(stage.stop - 1) for stage in stages[:-1])
+
     @property
     def retention(self) -> float:
         """Fraction of layers whose K/V at least one layer reads."""

@@ -1,14 +1,12 @@
-"""Policies: each maps the position of a micro-batch to a route table (METHOD.md, "The family")."""
+"""Policies: each maps the position of a micro-batch to a route table (docs/method.md, "The family of policies")."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from skv_dist.config.routing import RoutingConfig
-from skv_dist.errors import UserError
 from skv_dist.routing.draw import DrawKey, below, happens, words
 from skv_dist.routing.plan import RoutePlan
-from skv_dist.routing.sharing import map_from_cached_layers, validate_sharing_map
+from skv_dist.routing.sharing import map_from_cached_layers
 
 Schedule = float | Sequence[tuple[int, float]]
 
@@ -37,6 +35,18 @@ class Policy(ABC):
 
     def plan(self, key: DrawKey) -> RoutePlan:
         return RoutePlan(self.table(key))
+
+    def expected_crossings(self, stages: Sequence[range], seed: int, draws: int = 256) -> list[tuple[float, int]]:
+        """Mean and largest number of sources that cross each pipeline boundary, over ``draws`` micro-batches of step 0.
+
+        Args:
+            stages: the layers of each pipeline stage, in the order of execution.
+        """
+        counts_by_draw = [
+            [len(live) for live in self.plan(DrawKey(seed, 0, micro_batch)).live_at_boundaries(stages)]
+            for micro_batch in range(draws)
+        ]
+        return [(sum(counts) / draws, max(counts)) for counts in zip(*counts_by_draw)]
 
 
 @dataclass(frozen=True)
@@ -121,51 +131,3 @@ class WithinStages(Policy):
             first = len(sources)
             sources.extend(first + source for source in part.table(replace(key, part=number)))
         return tuple(sources)
-
-
-def _groups(num_layers: int, group_size: int) -> tuple[int, ...]:
-    return tuple(layer - layer % group_size for layer in range(num_layers))
-
-
-def _suffix(config: RoutingConfig, num_layers: int) -> Policy:
-    if config.shared_layers >= num_layers:
-        raise UserError(
-            f"routing.shared_layers is {config.shared_layers}, but of {num_layers} layers at most {num_layers - 1} "
-            "can share: lower routing.shared_layers"
-        )
-    last_owner = num_layers - config.shared_layers - 1
-    return Fixed(num_layers, tuple(min(layer, last_owner) for layer in range(num_layers)))
-
-
-def _fixed(config: RoutingConfig, num_layers: int) -> Policy:
-    if config.kv_source_layers is None:
-        raise UserError("routing.policy 'fixed' needs a map: set routing.kv_source_layers")
-    return Fixed(num_layers, validate_sharing_map(config.kv_source_layers, num_layers))
-
-
-_BUILDERS: dict[str, Callable[[RoutingConfig, int], Policy]] = {
-    "none": lambda config, n: Fixed(n, tuple(range(n))),
-    "r_cla": lambda config, n: RandomCLA(n, config.cross_prob, config.window),
-    "cla": lambda config, n: Fixed(n, _groups(n, config.group_size)),
-    "rd_cla": lambda config, n: RandomFixedTarget(n, _groups(n, config.group_size), config.cross_prob),
-    "suffix": _suffix,
-    "subset": lambda config, n: RandomSubset(
-        n, None if config.keep_probs == "uniform" else tuple(config.keep_probs)
-    ),
-    "fixed": _fixed,
-}
-
-
-def build_policy(config: RoutingConfig, num_layers: int, stages: Sequence[range] | None = None) -> Policy:
-    """The policy that the ``routing`` section asks for.
-
-    Args:
-        stages: the layers of each pipeline stage; None for one stage.
-
-    Raises:
-        UserError: the section does not fit the number of layers.
-    """
-    build = _BUILDERS[config.policy]
-    if config.within_stage and stages is not None and len(stages) > 1:
-        return WithinStages(num_layers, tuple(build(config, len(stage)) for stage in stages))
-    return build(config, num_layers)

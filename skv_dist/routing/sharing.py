@@ -1,4 +1,4 @@
-"""Sharing maps: which layers keep a KV cache at deployment, and who uses it (METHOD.md, "Deployment rule").
+"""Sharing maps: which layers keep a KV cache at deployment, and who uses it (docs/method.md, "Deployment").
 
 Source of the rule: arXiv 2604.22782. A layer in the cached set uses its own K/V; any other uses those of the
 nearest preceding layer in the set.
@@ -35,8 +35,13 @@ def map_from_retention(num_layers: int, retention: float) -> tuple[int, ...]:
     """
     if not 0.0 < retention <= 1.0:
         raise UserError(f"retention must lie in (0, 1], got {retention}")
-    group = min(num_layers, int(1.0 / retention + 0.5))  # not round(): 1/0.4 is 2.5, and halves go up
-    return tuple(layer - layer % group for layer in range(num_layers))
+    # Not round(): 1/0.4 is 2.5, and halves go up.
+    return groups_of(num_layers, min(num_layers, int(1.0 / retention + 0.5)))
+
+
+def groups_of(num_layers: int, group_size: int) -> tuple[int, ...]:
+    """The map of uniform groups of ``group_size`` layers, each led by its first layer."""
+    return tuple(layer - layer % group_size for layer in range(num_layers))
 
 
 def validate_sharing_map(kv_source_layers: Sequence[int], num_layers: int) -> tuple[int, ...]:

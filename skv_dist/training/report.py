@@ -8,13 +8,12 @@ import torch
 from skv_dist import __version__
 from skv_dist.config.run import Derived, RunConfig
 from skv_dist.model.megatron_config import DTYPES
-from skv_dist.model.wire import kv_width
-from skv_dist.parallel.build import partitioned_shape
-from skv_dist.parallel.create import is_sharded
-from skv_dist.parallel.engine import Engine
-from skv_dist.parallel.groups import World
+from skv_dist.parallel.engines.base import Engine
+from skv_dist.parallel.engines.create import is_sharded
+from skv_dist.parallel.local_model import partitioned_shape
+from skv_dist.parallel.processes.groups import World
+from skv_dist.parallel.wire.packing import kv_width
 from skv_dist.routing import map_from_retention
-from skv_dist.routing.wire import expected_crossings
 from skv_dist.training.schedule import warmup_steps
 
 
@@ -72,7 +71,7 @@ def pipeline_report(run: RunConfig, derived: Derived) -> dict[str, str]:
     column = rows * run.train.micro_batch_size * DTYPES[run.train.precision].itemsize
     hidden, each = run.model.hidden_size * column, kv_width(run) * column
     boundaries = []
-    crossings = expected_crossings(run.policy(), run.stages, run.train.seed)
+    crossings = run.policy().expected_crossings(run.stages, run.train.seed)
     for stage, (mean, most) in zip(run.stages, crossings):
         boundaries.append(
             f"{stage.stop - 1}|{stage.stop}: {mean:.1f} (at most {most}) K/V, "

@@ -8,8 +8,16 @@ import torch
 from skv_dist.config.model import ModelConfig
 
 # Dense bf16 peak in FLOP/s by part of the device's name, from NVIDIA's data sheets (without sparsity).
-_PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
-         "L40S": 362e12, "B200": 2250e12}  # fmt: skip
+_PEAK = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int, sequence_length: int) -> float:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from skv_dist.config.run import Derived, RunConfig
 from skv_dist.data.batches import MicroBatch, Samples, micro_batches, prefetched
-from skv_dist.parallel.engine import Engine
-from skv_dist.parallel.groups import World, seed_dropout
-from skv_dist.parallel.step import Work, count_tokens, run_batch
+from skv_dist.parallel.engines.base import Engine
+from skv_dist.parallel.processes.groups import World, seed_dropout
+from skv_dist.parallel.run_batch import Work, count_tokens, run_batch
 from skv_dist.routing.draw import DrawKey
 from skv_dist.training.callbacks import Callback, Metrics
 from skv_dist.training.guard import Guard
@@ -102,9 +102,14 @@ class Trainer:
 
         def load(step: int) -> list[MicroBatch]:
             batches = micro_batches(
-                self.samples, step * train.global_batch_size, self.derived.num_micro_batches, train.micro_batch_size,
-                self.world.data_rank, self.world.data_size, data.reset_attention,
-            )  # fmt: skip
+                self.samples,
+                step * train.global_batch_size,
+                self.derived.num_micro_batches,
+                train.micro_batch_size,
+                self.world.data_rank,
+                self.world.data_size,
+                data.reset_attention,
+            )
             return [batch.pinned() for batch in batches] if device.type == "cuda" else batches
 
         loaded = prefetched(load, self.step, train.steps, data.prefetch_steps)
@@ -141,9 +146,12 @@ class Trainer:
         if stopped:
             self.stopped_by = "SIGTERM"
         metrics: Metrics = {
-            "loss": loss, "grad_norm": grad_norm, "lr": launched.lr, "skipped": self.guard.skipped,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": launched.lr,
+            "skipped": self.guard.skipped,
             "tokens": self.step * self.derived.tokens_per_step,
-        }  # fmt: skip
+        }
         if self.run.parallel.pipeline > 1:
             metrics["wire_bytes"] = self._sum(launched.wire_bytes)
         return metrics

@@ -139,7 +139,7 @@ def test_processes_must_fit_the_layout() -> None:
 
 
 def test_the_command_prints_one_line_and_fails(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "skv_dist.training.cli"]
+    command = [sys.executable, "-m", "skv_dist.commands.train"]
     for arguments in (["nowhere.yaml"], [str(REFERENCE), "train.stps=1"]):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2

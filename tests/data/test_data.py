@@ -8,8 +8,8 @@ import pytest
 from skv_dist.config.data import DataConfig, SourceConfig
 from skv_dist.data.batches import micro_batches, open_data
 from skv_dist.data.order import blended, shuffled
-from skv_dist.data.prepare import prepare
-from skv_dist.data.prepared import PreparedSet
+from skv_dist.data.token_set import PreparedSet
+from skv_dist.data.tokenize import prepare
 from skv_dist.data.tokenizer import ByteTokenizer
 from skv_dist.errors import UserError
 

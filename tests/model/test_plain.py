@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from skv_dist.config.policy import build_policy
 from skv_dist.config.run import RunConfig
-from skv_dist.routing import build_policy
 from skv_dist.routing.draw import DrawKey
 from tests import jobs
 from tests.model.plain import routed_logits

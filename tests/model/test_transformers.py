@@ -8,7 +8,7 @@ import pytest
 import torch
 from skv_tools.convert.from_hf import from_hf
 
-from skv_dist.training.checkpoint import read_tensors, tensor_shapes
+from skv_dist.checkpoint.save import read_tensors, tensor_shapes
 from tests import jobs
 from tests.tools.hf_models import LLAMA3, make, save
 
@@ -16,10 +16,13 @@ from tests.tools.hf_models import LLAMA3, make, save
 @pytest.mark.parametrize(
     ("kind", "tied", "scaled", "processes"),
     [
-        ("qwen3", True, False, 1), ("qwen3", False, False, 2), ("llama", False, True, 1), ("llama", True, True, 2),
+        ("qwen3", True, False, 1),
+        ("qwen3", False, False, 2),
+        ("llama", False, True, 1),
+        ("llama", True, True, 2),
         ("mistral", False, False, 2),
     ],
-)  # fmt: skip
+)
 def test_logits_equal_transformers(
     workers: Any, tmp_path: Path, kind: str, tied: bool, scaled: bool, processes: int
 ) -> None:
@@ -33,13 +36,17 @@ def test_logits_equal_transformers(
     weights = {n.removeprefix("model."): t.numpy() for n, t in read_tensors(tmp_path / "ours", names).items()}
     settings = jobs.config(
         model={
-            "num_layers": 4, "head_dim": 16 if kind == "qwen3" else 8, "qk_norm": kind == "qwen3",
-            "tie_embeddings": tied, "vocab_size": 262, "max_position_embeddings": 128,
+            "num_layers": 4,
+            "head_dim": 16 if kind == "qwen3" else 8,
+            "qk_norm": kind == "qwen3",
+            "tie_embeddings": tied,
+            "vocab_size": 262,
+            "max_position_embeddings": 128,
             "rope_scaling": {k: v for k, v in LLAMA3.items() if not k.startswith("rope")} if scaled else None,
         },
         data={"sequence_length": 48},
         parallel={"zero_stage": 0, "tensor": processes},
-    )  # fmt: skip
+    )
     ours = workers(processes)(jobs.logits, settings, weights, tokens.numpy(), [0, 1, 2, 3])[0][..., :262]
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
     wrong = workers(processes)(jobs.logits, settings, weights, tokens.numpy(), [0, 1, 1, 3])[0][..., :262]

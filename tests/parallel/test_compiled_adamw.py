@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from skv_dist.parallel.compiled_adamw import CompiledAdamW
-from skv_dist.parallel.engine import GuardedAdamW
+from skv_dist.parallel.engines.base import GuardedAdamW
+from skv_dist.parallel.engines.compiled_adamw import CompiledAdamW
 
 SHAPES = {
-    "embedding.weight": (50, 8), "layers.0.mlp.weight": (8, 16), "layers.0.norm.weight": (8,),
-    "layers.1.mlp.weight": (8, 16), "layers.1.norm.weight": (8,),
-}  # fmt: skip
+    "embedding.weight": (50, 8),
+    "layers.0.mlp.weight": (8, 16),
+    "layers.0.norm.weight": (8,),
+    "layers.1.mlp.weight": (8, 16),
+    "layers.1.norm.weight": (8,),
+}
 
 
 def make() -> tuple[list[Any], GuardedAdamW]:
@@ -27,8 +30,10 @@ def make() -> tuple[list[Any], GuardedAdamW]:
     optimizer = GuardedAdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, fused=True)
     for _, master, _ in named:
         optimizer.state[master] = {
-            "step": torch.zeros(()), "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)
-        }  # fmt: skip
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(master),
+            "exp_avg_sq": torch.zeros_like(master),
+        }
     return named, optimizer
 
 

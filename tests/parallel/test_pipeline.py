@@ -34,13 +34,16 @@ def test_pipeline_equals_one_process(
     tensor, sp, pipeline, virtual, replicas = split
     settings = jobs.config(
         parallel={
-            "tensor": tensor, "sequence_parallel": sp, "pipeline": pipeline, "virtual_pipeline": virtual,
+            "tensor": tensor,
+            "sequence_parallel": sp,
+            "pipeline": pipeline,
+            "virtual_pipeline": virtual,
             "zero_stage": zero,
         },
         train={"recompute": recompute},
         routing={"policy": policy, "shared_layers": 3},
         model={"tie_embeddings": recompute == "full"},
-    )  # fmt: skip
+    )
     compare(workers, tensor * pipeline * replicas, settings)
 
 
@@ -52,13 +55,15 @@ VARIANTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
         {"parallel": {"pipeline": 2, "virtual_pipeline": 2, "last_stage_layers": 2}, "model": {"tie_embeddings": True}},
     ),
     "fewer KV heads than tensor ranks": (
-        4, {"parallel": {"pipeline": 2, "tensor": 2, "sequence_parallel": True}, "model": {"num_kv_heads": 1}}
+        4,
+        {"parallel": {"pipeline": 2, "tensor": 2, "sequence_parallel": True}, "model": {"num_kv_heads": 1}},
     ),
     "attention within documents": (2, {"parallel": {"pipeline": 2}, "data": {"reset_attention": True}}),
     "layer norm and GELU": (
-        2, {"parallel": {"pipeline": 2}, "model": {"norm": "layernorm", "activation": "gelu", "qk_norm": False}}
+        2,
+        {"parallel": {"pipeline": 2}, "model": {"norm": "layernorm", "activation": "gelu", "qk_norm": False}},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -34,9 +34,7 @@ FAULTS: list[Any] = [
 
 
 @pytest.mark.parametrize(("fault", "processes", "parallel", "recompute"), FAULTS)
-def test_fault_is_noticed(
-    workers: Any, fault: str, processes: int, parallel: dict[str, Any], recompute: str
-) -> None:
+def test_fault_is_noticed(workers: Any, fault: str, processes: int, parallel: dict[str, Any], recompute: str) -> None:
     model = {"tie_embeddings": fault.startswith("tied")}
     train = {"recompute": recompute, "compile": fault == "gradients_reduced_as_they_arrive"}
     settings = jobs.config(parallel=parallel, train=train, model=model)

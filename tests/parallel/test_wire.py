@@ -27,7 +27,10 @@ def live(table: tuple[int, ...], boundary: int) -> set[int]:
 @pytest.mark.parametrize(
     ("tensor", "sp", "pipeline", "policy"),
     [
-        (1, False, 2, "r_cla"), (1, False, 4, "r_cla"), (2, True, 2, "r_cla"), (1, False, 2, "none"),
+        (1, False, 2, "r_cla"),
+        (1, False, 4, "r_cla"),
+        (2, True, 2, "r_cla"),
+        (1, False, 2, "none"),
         (1, False, 2, "suffix"),
     ],
 )
@@ -70,7 +73,7 @@ def test_the_interleaved_schedule_pads_to_the_widest(workers: Any) -> None:
 
 def test_packing_and_unpacking_are_inverse_with_gradients() -> None:
     from skv_dist.model.attention import KV
-    from skv_dist.model.wire import pack, unpack
+    from skv_dist.parallel.wire.packing import pack, unpack
 
     length, batch, heads, width, hidden_size = 8, 3, 2, 4, 6
     for rows in (8, 4):

@@ -4,18 +4,17 @@ import hashlib
 
 import pytest
 
+from skv_dist.config.policy import build_policy
 from skv_dist.config.routing import RoutingConfig
 from skv_dist.errors import UserError
 from skv_dist.routing import (
     RoutePlan,
-    build_policy,
     map_from_cached_layers,
     map_from_retention,
     validate_sharing_map,
 )
 from skv_dist.routing.draw import DrawKey
 from skv_dist.routing.policies import at_step
-from skv_dist.routing.wire import expected_crossings, live_at_boundaries
 
 POLICIES = [
     RoutingConfig(policy="none"),
@@ -125,7 +124,7 @@ def test_routes_within_stages_do_not_cross_and_are_drawn_independently() -> None
         assert table[6] == 6
         assert all(source >= 6 for source in table[6:])
         halves.add(tuple(source - 6 for source in table[6:]) == table[:6])
-        assert live_at_boundaries(RoutePlan(table), stages) == ((),)
+        assert RoutePlan(table).live_at_boundaries(stages) == ((),)
     assert False in halves
     free = build_policy(RoutingConfig(policy="r_cla"), 12, stages)
     assert free == build_policy(RoutingConfig(policy="r_cla"), 12)
@@ -134,6 +133,6 @@ def test_routes_within_stages_do_not_cross_and_are_drawn_independently() -> None
 def test_what_crosses_a_boundary_is_what_later_stages_read() -> None:
     stages = (range(3), range(3, 5), range(5, 8))
     plan = RoutePlan([0, 1, 0, 1, 4, 4, 0, 7])
-    assert live_at_boundaries(plan, stages) == ((0, 1), (0, 4))
-    (mean, most), _ = expected_crossings(build_policy(RoutingConfig(policy="r_cla", cross_prob=1.0), 8), stages, 1)
+    assert plan.live_at_boundaries(stages) == ((0, 1), (0, 4))
+    (mean, most), _ = build_policy(RoutingConfig(policy="r_cla", cross_prob=1.0), 8).expected_crossings(stages, 1)
     assert 1 < mean < most <= 3

@@ -25,9 +25,14 @@ def test_inspect_export_prune(
     run = tmp_path / "run"
     keep = {"every": 1, "keep_last": None}
     given = settings(
-        tmp_path, run, train={"steps": 3}, eval={"every": 0}, checkpoint=keep,
-        parallel={"tensor": 2, "zero_stage": 2}, data={"validation_fraction": 0},
-    )  # fmt: skip
+        tmp_path,
+        run,
+        train={"steps": 3},
+        eval={"every": 0},
+        checkpoint=keep,
+        parallel={"tensor": 2, "zero_stage": 2},
+        data={"validation_fraction": 0},
+    )
     workers(2)(jobs.run_training, given)
     last = run / "checkpoints" / "step_00000003"
     assert call(monkeypatch, "inspect", last, "--tensors") == 0

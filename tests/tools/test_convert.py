@@ -51,9 +51,15 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("kind", "tied", "shard"),
-    [("llama", False, "20KB"), ("llama", True, "1GB"), ("qwen3", False, "1GB"), ("qwen3", True, "20KB"),
-     ("mistral", False, "20KB"), ("mistral", True, "1GB")],
-)  # fmt: skip
+    [
+        ("llama", False, "20KB"),
+        ("llama", True, "1GB"),
+        ("qwen3", False, "1GB"),
+        ("qwen3", True, "20KB"),
+        ("mistral", False, "20KB"),
+        ("mistral", True, "1GB"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_is_bitwise(
     call: Call, tmp_path: Path, kind: str, tied: bool, shard: str, dtype: torch.dtype
@@ -86,9 +92,13 @@ def test_a_trained_model_is_exported_from_any_layout(
 
     section = yaml.safe_load((tmp_path / "ours" / "model.yaml").read_text())["model"]
     given = settings(
-        text, tmp_path / "run", train={"steps": 2}, eval={"every": 2}, checkpoint={"init_from": str(tmp_path / "ours")},
+        text,
+        tmp_path / "run",
+        train={"steps": 2},
+        eval={"every": 2},
+        checkpoint={"init_from": str(tmp_path / "ours")},
         parallel={"tensor": tensor, "pipeline": pipeline, "zero_stage": 1},
-    )  # fmt: skip
+    )
     workers(tensor * pipeline)(jobs.run_training, {**given, "model": section})
     trained = tmp_path / "run" / "checkpoints" / "step_00000002"
     assert call("to-hf", trained, tmp_path / "out", "--retention", 0.5) == 0
@@ -185,9 +195,13 @@ def test_gemma4_blocks_load_in_stock_transformers(
 ) -> None:
     """Trained with random routes, over a pipeline; the suffix map is stock Gemma 4's own, and no code travels."""
     given = settings(
-        text, tmp_path / "run", train={"steps": 2}, parallel={"pipeline": 2, "tensor": 2, "zero_stage": 1},
-        model={**GEMMA4, "init_std": 0.2}, eval={"every": 0},
-    )  # fmt: skip
+        text,
+        tmp_path / "run",
+        train={"steps": 2},
+        parallel={"pipeline": 2, "tensor": 2, "zero_stage": 1},
+        model={**GEMMA4, "init_std": 0.2},
+        eval={"every": 0},
+    )
     workers(4)(jobs.run_training, given)
     trained, out = tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "out"
     layers = jobs.BASE["model"]["num_layers"]

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import yaml
 
-from skv_dist.training import checkpoint_files as files
-from skv_dist.training.checkpoint import read_tensors, tensor_shapes
+from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.save import read_tensors, tensor_shapes
 from tests.training.runs import lines_of, losses, settings, start, write_text
 
 STEPS_PER_KILL = 50

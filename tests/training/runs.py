@@ -25,9 +25,12 @@ def write_text(folder: Path) -> None:
 def settings(text: Path, out: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     given = jobs.config(**sections)
     given["data"] = {
-        "sequence_length": 16, "sources": [{"path": str(text / "*.txt"), "format": "text"}],
-        "validation_fraction": 0.2, "cache_dir": str(text / "cache"), **sections.get("data", {}),
-    }  # fmt: skip
+        "sequence_length": 16,
+        "sources": [{"path": str(text / "*.txt"), "format": "text"}],
+        "validation_fraction": 0.2,
+        "cache_dir": str(text / "cache"),
+        **sections.get("data", {}),
+    }
     given["train"] = {**given["train"], "steps": 6, "output_dir": str(out), "progress": False}
     given["train"].update(sections.get("train", {}))
     given["eval"] = {"every": 3, "samples": 7, "retention": [1.0, 0.5], **sections.get("eval", {})}
@@ -43,15 +46,18 @@ def start(file: Path, given: dict[str, Any], processes: int = 1) -> list[subproc
     started = []
     for rank in range(processes):
         places = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1,
-        }  # fmt: skip
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": processes,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": 1,
+        }
         environment = {**os.environ, **{name: str(value) for name, value in places.items()}}
-        command = [sys.executable, "-m", "skv_dist.training.cli", str(file)]
+        command = [sys.executable, "-m", "skv_dist.commands.train", str(file)]
         started.append(
-            subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-            )
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         )
     return started
 

@@ -16,9 +16,12 @@ def run(folder: Path, given: dict[str, Any], *overrides: str) -> subprocess.Comp
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(given))
     return subprocess.run(
-        [sys.executable, "-m", "skv_dist.training.cli", str(file), *overrides],
-        capture_output=True, text=True, cwd=folder, env={**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+        [sys.executable, "-m", "skv_dist.commands.train", str(file), *overrides],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"},
+    )
 
 
 def settings(folder: Path, path: str, kind: str = "text") -> dict[str, Any]:
@@ -61,7 +64,7 @@ def test_one_line_and_a_failing_exit(folder: Path, path: str, kind: str, overrid
 
 def test_prepared_data_of_another_tokenizer(folder: Path) -> None:
     from skv_dist.config.data import SourceConfig
-    from skv_dist.data.prepare import prepare
+    from skv_dist.data.tokenize import prepare
     from skv_dist.data.tokenizer import ByteTokenizer
 
     class Other(ByteTokenizer):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.save import read_tensors, tensor_shapes
 from skv_dist.errors import UserError
-from skv_dist.training import checkpoint_files as files
-from skv_dist.training.checkpoint import read_tensors, tensor_shapes
 from tests import jobs
 from tests.training.runs import losses, settings
 from tests.workers import JobFailedError

@@ -19,13 +19,14 @@ def test_the_others_name_the_process_that_was_lost(tmp_path: Path, victim: int, 
     (tmp_path / "text.txt").write_text("a few words\n" * 500)
     given: dict[str, Any] = jobs.config(
         data={
-            "sources": [{"path": str(tmp_path / "text.txt"), "format": "text"}], "cache_dir": str(tmp_path / "cache"),
+            "sources": [{"path": str(tmp_path / "text.txt"), "format": "text"}],
+            "cache_dir": str(tmp_path / "cache"),
             "validation_fraction": 0,
         },
         parallel={"pipeline": 2, "zero_stage": 1, "timeout_minutes": TIMEOUT_MINUTES},
         train={"steps": 100000, "output_dir": str(tmp_path / "run"), "progress": False, "tensorboard": False},
         eval={"every": 0},
-    )  # fmt: skip
+    )
     processes = start(tmp_path / "run.yaml", given, 4)
     try:
         metrics = tmp_path / "run" / "metrics.jsonl"

@@ -97,9 +97,11 @@ def test_sigterm_ends_after_the_step_and_what_is_saved_can_be_measured(text: Pat
     given = settings(text, out, train={"steps": 100000}, eval={"every": 10**6}, parallel={"zero_stage": 0})
     file.write_text(yaml.safe_dump(given))
     process = subprocess.Popen(
-        [sys.executable, "-m", "skv_dist.training.cli", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-m", "skv_dist.commands.train", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-    )  # fmt: skip
+    )
     metrics = out / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
@@ -113,10 +115,27 @@ def test_sigterm_ends_after_the_step_and_what_is_saved_can_be_measured(text: Pat
     assert f"stopped by SIGTERM after step {step}" in printed
     checkpoint = out / "checkpoints" / f"step_{step:08d}"
     done = subprocess.run(
-        [sys.executable, "-m", "skv_dist.evaluation.cli", str(checkpoint), "--retention", "1", "0.5", "--cached-layers",
-         "0", "1", "--json", str(tmp_path / "losses.json"), "--prompt", "the ", "--new-tokens", "5"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "skv_dist.commands.evaluate",
+            str(checkpoint),
+            "--retention",
+            "1",
+            "0.5",
+            "--cached-layers",
+            "0",
+            "1",
+            "--json",
+            str(tmp_path / "losses.json"),
+            "--prompt",
+            "the ",
+            "--new-tokens",
+            "5",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     measured = json.loads((tmp_path / "losses.json").read_text())
     assert set(measured) == {"loss@1.00", "loss@0.50", "loss@layers 0,1"}

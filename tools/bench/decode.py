@@ -4,12 +4,12 @@
     python -m skv_tools.bench.decode --eager --minutes 3 --out eager.md
     python -m skv_tools.bench.decode --shape tiny --out /tmp/tiny.md    # tries the command on a CPU
 
-The model is the exported one (`skv_tools.engines.modeling_skv`) in bf16 with random weights; g=1 is the same code with
-every layer its own source. One set of weights serves all g. Measured per cell (context, batch), mode and g: bytes that
-the cache holds, from its storages; TTFT, the prefill and its argmax, where logits are made of the last position only;
-decoding speed, greedy, the argmax fed back on the device; peak allocated memory. Eager decoding at a small batch waits
-for the host to launch kernels, whose speed drifts on a shared machine: all g take turns, and the speed is the median
-over 8 tokens at a time of all turns.
+The model is the exported one (`modeling_skv.py`) in bf16 with random weights; g=1 is the same code with every layer its
+own source. One set of weights serves all g. Measured per cell (context, batch), mode and g: bytes that the cache holds,
+from its storages; TTFT, the prefill and its argmax, where logits are made of the last position only; decoding speed,
+greedy, the argmax fed back on the device; peak allocated memory. Eager decoding at a small batch waits for the host to
+launch kernels, whose speed drifts on a shared machine: all g take turns, and the speed is the median over 8 tokens at a
+time of all turns.
 
 Modes: `eager` is transformers' DynamicCache and nothing compiled. `compiled` is its StaticCache, with norms and MLPs
 compiled and the whole decoding step replayed as one CUDA graph; with --whole-model `torch.compile` of the step in mode
@@ -40,7 +40,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from skv_dist.errors import UserError, command
 
-from ..engines.modeling_skv import SkvConfig, SkvForCausalLM
+from ..engines.models.modeling_skv import SkvConfig, SkvForCausalLM
 from .shapes import SHAPES
 
 GROUPS = (1, 2, 4, 8)
@@ -194,9 +194,7 @@ def measure(bench: Bench, model: SkvForCausalLM, cell: Cell, figures: Figures) -
         torch.cuda.reset_peak_memory_stats()
     model.set_attn_implementation(bench.attention or ("sdpa" if cell.mode == "eager" else "grouped"))
     generator = torch.Generator(bench.device).manual_seed(0)
-    prompt = torch.randint(
-        0, bench.vocab_size, (cell.batch, cell.context), generator=generator, device=bench.device
-    )
+    prompt = torch.randint(0, bench.vocab_size, (cell.batch, cell.context), generator=generator, device=bench.device)
     cache: Any = None
     token = None
     for _ in range(2 if cell.turns == 1 else 1):

@@ -161,7 +161,7 @@ def _megatron(shape: dict[str, Any], arguments: argparse.Namespace, device: torc
     if arguments.compile == "model":
         raise UserError("--compile model is not done for megatron: use --compile layers or none")
     from skv_dist.config.parallel import ParallelConfig
-    from skv_dist.parallel import groups
+    from skv_dist.parallel.processes import groups
 
     groups.start(ParallelConfig())
     groups.seed_dropout(0, 0, 0)  # there is none, but Megatron draws its weights from that stream

@@ -39,8 +39,10 @@ def _run(module: str, arguments: list[str]) -> dict[str, Any]:
         out = Path(folder, "out.json")
         done = subprocess.run(
             [sys.executable, "-m", f"skv_tools.bench.{module}", *arguments, "--out", str(out)],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode or not out.exists():
             return {"not_run": (done.stderr.strip().splitlines() or ["no output"])[-1]}
         return dict(json.loads(out.read_text()))
@@ -78,9 +80,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.md")
     arguments = parser.parse_args(argv)
     batch = [
-        "--shape", arguments.shape, "--sequence-length", arguments.sequence_length, "--micro-batch",
-        arguments.micro_batch, "--accumulate", arguments.accumulate, "--warmup", arguments.warmup,
-    ]  # fmt: skip
+        "--shape",
+        arguments.shape,
+        "--sequence-length",
+        arguments.sequence_length,
+        "--micro-batch",
+        arguments.micro_batch,
+        "--accumulate",
+        arguments.accumulate,
+        "--warmup",
+        arguments.warmup,
+    ]
     ceiling = _run("peers", ["--ceiling"]).get("tflops_per_second")
     steps = str(int(arguments.steps) + int(arguments.warmup))
     ours = _run("train", [*batch, "--steps", steps, "--rounds", "1", "--profile"])
@@ -100,8 +110,9 @@ def main(argv: list[str]) -> int:
         notes += f"- {label}: {found.get('description', 'not run')}\n"
         arguments.out.write_text(text)
     if "none" in ours:
-        waits = ", ".join(f"{ours[key]['waits_per_step']:.2f} ({label})" for label, key in
-                          (("dense", "none"), ("routed", "r_cla")))  # fmt: skip
+        waits = ", ".join(
+            f"{ours[key]['waits_per_step']:.2f} ({label})" for label, key in (("dense", "none"), ("routed", "r_cla"))
+        )
         text += (
             f"\nOurs: bf16 parameters with fp32 masters, gradients and moments. Graphs compiled after the warm-up: "
             f"{ours['recompiled']}. Waits of the host for the GPU per step: {waits}; one is the reading of loss and "

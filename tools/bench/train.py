@@ -23,10 +23,10 @@ import torch
 from skv_dist.config.run import RunConfig, derive
 from skv_dist.data.packing import Sample
 from skv_dist.errors import UserError, command
-from skv_dist.parallel import groups
-from skv_dist.parallel.create import create_engine
-from skv_dist.parallel.engine import Engine
-from skv_dist.parallel.groups import World
+from skv_dist.parallel.engines.base import Engine
+from skv_dist.parallel.engines.create import create_engine
+from skv_dist.parallel.processes import groups
+from skv_dist.parallel.processes.groups import World
 from skv_dist.training.callbacks import Callback, Metrics
 from skv_dist.training.report import software
 from skv_dist.training.throughput import flops_per_token, peak_flops
@@ -128,16 +128,25 @@ def _config(arguments: argparse.Namespace, policy: str, replicas: int) -> RunCon
         {
             "model": {**SHAPES[arguments.shape], "max_position_embeddings": arguments.sequence_length},
             "routing": {"policy": policy},
-            "data": {"sequence_length": arguments.sequence_length, "sources": [{"path": "none", "format": "text"}],
-                     "validation_fraction": 0.0},
+            "data": {
+                "sequence_length": arguments.sequence_length,
+                "sources": [{"path": "none", "format": "text"}],
+                "validation_fraction": 0.0,
+            },
             "parallel": {"zero_stage": arguments.zero_stage},
-            "train": {"steps": arguments.steps, "output_dir": "unused", "precision": "bf16", "compile": on_gpu,
-                      "global_batch_size": arguments.micro_batch * arguments.accumulate * replicas,
-                      "micro_batch_size": arguments.micro_batch, "recompute": arguments.recompute},
+            "train": {
+                "steps": arguments.steps,
+                "output_dir": "unused",
+                "precision": "bf16",
+                "compile": on_gpu,
+                "global_batch_size": arguments.micro_batch * arguments.accumulate * replicas,
+                "micro_batch_size": arguments.micro_batch,
+                "recompute": arguments.recompute,
+            },
             "optimizer": {"lr": 1e-4, "schedule": "constant"},
             "eval": {"every": 0},
         }
-    )  # fmt: skip
+    )
 
 
 def _measure(engine: Engine, run: RunConfig, world: World, warmup: int, profile: bool) -> _Watch:
@@ -191,21 +200,28 @@ def main(argv: list[str]) -> int:
     peak = peak_flops(world.device)
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     report: dict[str, Any] = {
-        "what": "skv-dist", "device": device, "replicas": replicas, "software": software(), "command": " ".join(argv),
-        "flops_per_token": flops, "recompiled": counters["stats"]["unique_graphs"] - compiled,
-    }  # fmt: skip
+        "what": "skv-dist",
+        "device": device,
+        "replicas": replicas,
+        "software": software(),
+        "command": " ".join(argv),
+        "flops_per_token": flops,
+        "recompiled": counters["stats"]["unique_graphs"] - compiled,
+    }
     for policy, watches in found.items():
         rates = [float(m["tokens_per_second"]) for w in watches[1:] for m in w.metrics[arguments.warmup : -1]]
         rate = statistics.median(rates)
         steps = sum(len(w.metrics) - arguments.warmup for w in watches[1:])
         report[policy] = {
-            "tokens_per_second": rate, "model_tflops_per_second": rate * flops / 1e12,
+            "tokens_per_second": rate,
+            "model_tflops_per_second": rate * flops / 1e12,
             "mfu": rate * flops / (peak * replicas) if peak else None,
             "peak_gib": float(watches[-1].metrics[-1]["peak_memory_bytes"]) / 2**30,
             "waits_per_step": sum(w.waits for w in watches[1:]) / steps,
             "losses": [m["loss"] for m in watches[0].metrics],
-            "milliseconds": watches[-1].kinds, "kernels": watches[-1].kernels[:80],
-        }  # fmt: skip
+            "milliseconds": watches[-1].kinds,
+            "kernels": watches[-1].kernels[:80],
+        }
         if world.is_first:
             print(f"{policy}: {rate:,.0f} tokens/s, {report[policy]['waits_per_step']:.2f} waits a step", flush=True)
     if world.is_first:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from skv_dist import __version__
-from skv_dist.training import checkpoint_files as files
+from skv_dist.checkpoint import folder as files
 
 from .to_hf import Export
 from .verify import Finding, table
@@ -46,18 +46,22 @@ def model_card(checkpoint: Path, name: str, config: dict[str, Any], export: Expo
     else:
         text.append(f"{len(owners)} of {layers} layers keep a KV cache; the others read that of an earlier layer.")
     text += [
-        "", f"Written by skv-dist {__version__} from step {files.read_state(checkpoint)['step']} of a run. "
-        "Method: stochastic KV routing, [arXiv 2604.22782](https://arxiv.org/abs/2604.22782).", "",
-    ]  # fmt: skip
+        "",
+        f"Written by skv-dist {__version__} from step {files.read_state(checkpoint)['step']} of a run. "
+        "Method: stochastic KV routing, [arXiv 2604.22782](https://arxiv.org/abs/2604.22782).",
+        "",
+    ]
     if shares:
         text += ["| layer | " + " | ".join(map(str, range(layers))) + " |", "|---" * (layers + 1) + "|"]
         text += ["| reads the K/V of | " + " | ".join(map(str, export.sources)) + " |", ""]
     text += ["## Measured", ""]
     if findings:
         text += [
-            f"Against the checkpoint, both in float32; cache held in `{config['dtype']}` ({findings[0].how}).", "",
-            table(findings), "",
-        ]  # fmt: skip
+            f"Against the checkpoint, both in float32; cache held in `{config['dtype']}` ({findings[0].how}).",
+            "",
+            table(findings),
+            "",
+        ]
     else:
         text += ["Not verified: `skv-convert verify CHECKPOINT FOLDER`.", ""]
     losses = measured_losses(checkpoint)
@@ -89,5 +93,6 @@ def model_card(checkpoint: Path, name: str, config: dict[str, Any], export: Expo
     else:
         text += ["Any engine that knows the stock architecture loads it."]
     if config["model_type"] == "gemma4_text":
-        text += ["llama.cpp: `python -m skv_tools.engines.to_gguf LLAMA_CPP FOLDER OUT.gguf` runs its converter."]
+        command = "python -m skv_tools.engines.export.to_gguf LLAMA_CPP FOLDER OUT.gguf"
+        text += [f"llama.cpp: `{command}` runs its converter."]
     return "\n".join(text) + "\n"

@@ -51,10 +51,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from skv_dist.evaluation.checkpoint import config_of
+    from skv_dist.checkpoint.frozen_model import config_of
+    from skv_dist.files import new_folder
     from skv_dist.routing import map_from_cached_layers, map_from_retention, validate_sharing_map
 
-    from ..folders import new_folder
     from .card import model_card
     from .to_hf import Export, write_folder
     from .verify import table, verify
@@ -119,8 +119,9 @@ def main(argv: list[str]) -> int:
     elif arguments.action == "to-hf":
         _export(arguments)
     elif arguments.action == "to-onnx":
-        from ..engines.onnx_genai import export_onnx
-        from ..folders import new_folder
+        from skv_dist.files import new_folder
+
+        from ..engines.export.onnx_genai import export_onnx
 
         try:
             with new_folder(arguments.out) as aside:
@@ -132,9 +133,13 @@ def main(argv: list[str]) -> int:
         from .verify import table, verify
 
         findings = verify(
-            arguments.checkpoint, arguments.exported, arguments.engine, arguments.python, _text(arguments),
+            arguments.checkpoint,
+            arguments.exported,
+            arguments.engine,
+            arguments.python,
+            _text(arguments),
             arguments.tokens,
-        )  # fmt: skip
+        )
         print(table(findings))
         return 1 if any(finding.problem() for finding in findings) else 0
     return 0

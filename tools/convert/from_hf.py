@@ -10,15 +10,15 @@ import yaml
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from skv_dist import __version__
+from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.shards import Shards
 from skv_dist.config.load import dump_config
 from skv_dist.config.model import ModelConfig
 from skv_dist.config.run import RunConfig
 from skv_dist.data.tokenizer import load_tokenizer
 from skv_dist.errors import UserError
-from skv_dist.parallel.shards import Shards
-from skv_dist.training import checkpoint_files as files
+from skv_dist.files import new_folder
 
-from ..folders import new_folder
 from .hf_config import model_section
 from .hf_folder import HuggingFaceFolder
 from .names import entries, fuse, shapes
@@ -92,9 +92,16 @@ def from_hf(source: Path, out: Path, tokenizer_name: str | None) -> int:
         (aside / MODEL_FILE).write_text(yaml.safe_dump(base, sort_keys=False))
         (aside / files.CONFIG).write_text(dump_config(run))
         state = {
-            "step": 0, "samples": 0, "updates": 0, "guard": {}, "vocab_size": section["vocab_size"], "world_size": 1,
-            "tokenizer": tokenizer.fingerprint(), "software": f"skv-dist {__version__}, from {source}", "layout": {},
-        }  # fmt: skip
+            "step": 0,
+            "samples": 0,
+            "updates": 0,
+            "guard": {},
+            "vocab_size": section["vocab_size"],
+            "world_size": 1,
+            "tokenizer": tokenizer.fingerprint(),
+            "software": f"skv-dist {__version__}, from {source}",
+            "layout": {},
+        }
         files.write_state(aside, state)
         writer = dcp.FileSystemWriter(aside, sync_files=True)
         dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
@@ -121,9 +128,12 @@ def _starting_point(model: dict[str, Any], tokenizer: str, precision: str) -> Ru
                 "sources": [{"path": "name your own text in data.sources", "format": "text"}],
             },
             "train": {
-                "steps": 1000, "output_dir": "runs/finetune", "global_batch_size": 32, "micro_batch_size": 1,
+                "steps": 1000,
+                "output_dir": "runs/finetune",
+                "global_batch_size": 32,
+                "micro_batch_size": 1,
                 "precision": precision,
             },
             "optimizer": {"lr": 1e-5},
         }
-    )  # fmt: skip
+    )

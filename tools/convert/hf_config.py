@@ -8,9 +8,14 @@ from skv_dist.errors import UserError
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _NEEDED = (
-    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
-    "max_position_embeddings", "rms_norm_eps",
-)  # fmt: skip
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
 _DEFAULT_HEAD_DIM = {"qwen3": 128}  # what transformers takes where the file says nothing
 
 

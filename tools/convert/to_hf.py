@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
+from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.save import read_tensors, tensor_shapes
 from skv_dist.config.load import load_config
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
-from skv_dist.training import checkpoint_files as files
-from skv_dist.training.checkpoint import read_tensors, tensor_shapes
 
-from .. import engines
+from ..engines import models
 from ..weights import write_weights
 from .hf_config import check_exportable, gemma4_fields, hf_config, shared_fields, stock_architecture, stock_fields
 from .names import Entry, entries, is_left_out, shapes, split
 from .tokenizer import save_tokenizer
 
-ENGINES = Path(engines.__file__).parent
+MODELS = Path(models.__file__).parent
 CODE = ("modeling_skv.py", "mlx_skv.py")  # what travels with a shared model
 
 
@@ -77,7 +77,7 @@ def write_folder(checkpoint: Path, aside: Path, export: Export) -> None:
         kept = owners if owners is not None else list(range(model.num_layers))
         fields.update(shared_fields(model, export.sources, kept))
         for name in CODE:
-            shutil.copy(ENGINES / name, aside / name)
+            shutil.copy(MODELS / name, aside / name)
     (aside / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     generation = {key: value for key, value in special.items() if value is not None}
     (aside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

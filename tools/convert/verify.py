@@ -13,21 +13,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from skv_dist.checkpoint.folder import read_state
+from skv_dist.checkpoint.frozen_model import config_of, frozen_model
 from skv_dist.errors import UserError
-from skv_dist.evaluation.checkpoint import config_of, frozen_model
-from skv_dist.parallel import groups
+from skv_dist.parallel.processes import groups
 from skv_dist.routing import RoutePlan, map_from_retention
-from skv_dist.training.checkpoint_files import read_state
 
+from ..engines import runners
 from ..weights import DTYPES
 from .hf_config import hf_config, shared_fields
 from .hf_folder import read_json
 from .names import shapes
-from .to_hf import CODE, ENGINES, Export, write_tensors
+from .to_hf import CODE, MODELS, Export, write_tensors
 
 Array = npt.NDArray[np.float32]
 Map = tuple[int, ...]
 
+RUNNERS_FOLDER = Path(runners.__file__).parent
 RUNNERS = {name: f"run_{name}.py" for name in ("transformers", "onnx", "mlx", "vllm")}
 TOLERANCE = 1e-4  # largest difference of a log-probability, float32
 TEXT = (
@@ -131,9 +133,14 @@ def verify(
             right, other = reference[given], reference[wrong[given]]
             findings.append(
                 Finding(
-                    engine, given, _apart(found["prefill"], right), _apart(found["stepwise"], right),
-                    _apart(found["prefill"], other), float(found["cache_bytes_per_token"]),
-                    float(unshared["cache_bytes_per_token"]), str(found["cache_measured"]),
+                    engine,
+                    given,
+                    _apart(found["prefill"], right),
+                    _apart(found["stepwise"], right),
+                    _apart(found["prefill"], other),
+                    float(found["cache_bytes_per_token"]),
+                    float(unshared["cache_bytes_per_token"]),
+                    str(found["cache_measured"]),
                 )
             )
     return findings
@@ -158,14 +165,14 @@ def _another(sources: Map) -> Map:
 def _check_code(exported: Path, config: dict[str, object]) -> None:
     """What runs here is the installed code, so the folder must carry the same."""
     for name in CODE if config["model_type"] == "skv" else ():
-        if not (exported / name).exists() or (exported / name).read_bytes() != (ENGINES / name).read_bytes():
+        if not (exported / name).exists() or (exported / name).read_bytes() != (MODELS / name).read_bytes():
             raise UserError(f"{exported / name} is not the file of this version of skv-dist: export the folder again")
 
 
 def _tokens(exported: Path, text: str, most: int) -> npt.NDArray[np.int64]:
     from transformers import AutoConfig, AutoTokenizer
 
-    from ..engines.modeling_skv import SkvConfig
+    from ..engines.models.modeling_skv import SkvConfig
 
     AutoConfig.register(SkvConfig.model_type, SkvConfig, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=False)
@@ -176,9 +183,7 @@ def _tokens(exported: Path, text: str, most: int) -> npt.NDArray[np.int64]:
 
 
 @torch.no_grad()
-def _reference(
-    checkpoint: Path, tokens: npt.NDArray[np.int64], maps: set[Map], dtype: torch.dtype
-) -> dict[Map, Array]:
+def _reference(checkpoint: Path, tokens: npt.NDArray[np.int64], maps: set[Map], dtype: torch.dtype) -> dict[Map, Array]:
     """Log-probabilities [1, s, V] of the checkpoint under each map, in float32."""
     length = tokens.shape[1]
     run = config_of(checkpoint, [f"data.sequence_length={length}", "train.precision=fp32"])
@@ -208,14 +213,14 @@ def _write_unshared(checkpoint: Path, out: Path, dtype: str) -> None:
     fields = {**hf_config(small, 8, dtype, special), **shared_fields(small, own, list(own))}
     (out / "config.json").write_text(json.dumps(fields))
     for name in CODE:
-        (out / name).write_bytes((ENGINES / name).read_bytes())
+        (out / name).write_bytes((MODELS / name).read_bytes())
     export = replace(Export(own), dtype=dtype)
     write_tensors(out, small, 8, None, export, dtype, lambda entry: [torch.ones(s) for s in shapes(entry, small, 8)])
 
 
 def _run(engine: str, python: str, folder: Path, tokens: Path, out: Path, *more: str) -> dict[str, Array]:
     """The arrays that the engine's runner writes."""
-    command = [python, str(ENGINES / RUNNERS[engine]), str(folder), str(tokens), str(out), *more]
+    command = [python, str(RUNNERS_FOLDER / RUNNERS[engine]), str(folder), str(tokens), str(out), *more]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

@@ -1,0 +1,106 @@
+"""``skv-eval``: the loss of a checkpoint at several cache sizes, and text sampled from it."""
+
+import argparse
+import json
+from pathlib import Path
+
+from skv_dist.errors import UserError, command
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="skv-eval", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="change the checkpoint's configuration; it is laid out over one process unless parallel.* says otherwise",
+    )
+    parser.add_argument("--retention", type=float, nargs="+", metavar="R", help="default: eval.retention")
+    parser.add_argument(
+        "--cached-layers",
+        type=int,
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="L",
+        help="also measure the map in which only these layers keep a cache (may be given several times)",
+    )
+    parser.add_argument("--samples", type=int, help="validation sequences to use (default: eval.samples)")
+    parser.add_argument("--json", type=Path, help="also write the losses to this file")
+    parser.add_argument("--prompt", help="sample text that goes on from here, under each map")
+    parser.add_argument("--new-tokens", type=int, default=200, help="length of sampled text (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+@command
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    folder: Path = arguments.checkpoint
+    asked = [] if arguments.retention is None else [f"eval.retention={json.dumps(arguments.retention)}"]
+    if arguments.samples is not None:
+        asked.append(f"eval.samples={arguments.samples}")
+    from skv_dist.checkpoint.frozen_model import config_of, frozen_model
+
+    run = config_of(folder, [*asked, *arguments.overrides])
+    if arguments.new_tokens < 1 or arguments.temperature < 0:
+        raise UserError("--new-tokens must be at least 1 and --temperature at least 0")
+
+    from skv_dist.config.run import derive
+    from skv_dist.parallel.processes import groups
+
+    derive(run, groups.world_size_from_environment())
+
+    import torch.distributed as dist
+
+    from skv_dist.data.batches import open_data
+    from skv_dist.data.tokenizer import load_tokenizer
+    from skv_dist.evaluation.generate import sample_text
+    from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
+    from skv_dist.routing import RoutePlan, map_from_cached_layers
+
+    plans = retention_plans(run)
+    for layers in arguments.cached_layers:
+        table = map_from_cached_layers(run.model.num_layers, layers)
+        plans[f"loss@layers {','.join(map(str, sorted(set(layers))))}"] = RoutePlan(table)
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    world = groups.start(run.parallel)
+    engine = frozen_model(run, folder, world)
+    _, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
+    losses: dict[str, float] = {}
+    if validation is not None:
+        losses = sweep(engine, run, world, evaluation_batches(run, world, validation), plans)
+    elif arguments.prompt is None:
+        raise UserError(f"{folder / 'config.yaml'}: data holds out no validation text: set data.validation_fraction")
+    for name, plan in plans.items():
+        if world.is_first and losses:
+            cached = f"{len(set(plan.table))} of {plan.num_layers} layers cached"
+            print(f"{name:<16} {losses[name]:.4f} nats/token   {cached}")
+        if arguments.prompt is not None:
+            text = sample_text(
+                engine,
+                world,
+                tokenizer,
+                plan,
+                arguments.prompt,
+                arguments.new_tokens,
+                temperature=arguments.temperature,
+                max_length=run.data.sequence_length,
+                seed=run.train.seed,
+                multiple=run.parallel.tensor if run.parallel.sequence_parallel else 1,
+            )
+            if world.is_first:
+                print(f"--- sampled under {name.removeprefix('loss')}\n{arguments.prompt}{text}\n---", flush=True)
+    if world.is_first and arguments.json is not None:
+        try:
+            arguments.json.write_text(json.dumps(losses, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {arguments.json}: {error.strerror}") from error
+    groups.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,54 @@
+"""From the ``routing`` section to a policy. `skv_dist.routing` itself knows no configuration."""
+
+from collections.abc import Callable, Sequence
+
+from skv_dist.config.routing import RoutingConfig
+from skv_dist.errors import UserError
+from skv_dist.routing.policies import Fixed, Policy, RandomCLA, RandomFixedTarget, RandomSubset, WithinStages
+from skv_dist.routing.sharing import groups_of, validate_sharing_map
+
+
+def _suffix(config: RoutingConfig, num_layers: int) -> Policy:
+    if config.shared_layers >= num_layers:
+        raise UserError(
+            f"routing.shared_layers is {config.shared_layers}, but of {num_layers} layers at most {num_layers - 1} "
+            "can share: lower routing.shared_layers"
+        )
+    last_owner = num_layers - config.shared_layers - 1
+    return Fixed(num_layers, tuple(min(layer, last_owner) for layer in range(num_layers)))
+
+
+def _subset(config: RoutingConfig, num_layers: int) -> Policy:
+    return RandomSubset(num_layers, None if config.keep_probs == "uniform" else tuple(config.keep_probs))
+
+
+def _fixed(config: RoutingConfig, num_layers: int) -> Policy:
+    if config.kv_source_layers is None:
+        raise UserError("routing.policy 'fixed' needs a map: set routing.kv_source_layers")
+    return Fixed(num_layers, validate_sharing_map(config.kv_source_layers, num_layers))
+
+
+_BUILDERS: dict[str, Callable[[RoutingConfig, int], Policy]] = {
+    "none": lambda config, n: Fixed(n, tuple(range(n))),
+    "r_cla": lambda config, n: RandomCLA(n, config.cross_prob, config.window),
+    "cla": lambda config, n: Fixed(n, groups_of(n, config.group_size)),
+    "rd_cla": lambda config, n: RandomFixedTarget(n, groups_of(n, config.group_size), config.cross_prob),
+    "suffix": _suffix,
+    "subset": _subset,
+    "fixed": _fixed,
+}
+
+
+def build_policy(config: RoutingConfig, num_layers: int, stages: Sequence[range] | None = None) -> Policy:
+    """The policy that the ``routing`` section asks for.
+
+    Args:
+        stages: the layers of each pipeline stage; None for one stage.
+
+    Raises:
+        UserError: the section does not fit the number of layers.
+    """
+    build = _BUILDERS[config.policy]
+    if config.within_stage and stages is not None and len(stages) > 1:
+        return WithinStages(num_layers, tuple(build(config, len(stage)) for stage in stages))
+    return build(config, num_layers)

@@ -1,0 +1,1 @@
+"""Engines: whatever owns the parameters, gradients and optimizer state of one process."""

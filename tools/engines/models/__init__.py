@@ -1,0 +1,1 @@
+"""Model code that engines run. ``modeling_skv.py`` and ``mlx_skv.py`` travel with exported folders."""
