@@ -1,52 +1,42 @@
-"""Runs a function on N gloo processes that live for the whole test session.
+"""The pool: N gloo processes that live for the whole test session and run one job after another.
 
-Importing torch, Megatron and DeepSpeed takes seconds, so the processes are kept; each job makes its own
-model-parallel groups inside the one world.
+Each job makes its own model-parallel groups inside the one world.
 """
 
 import faulthandler
 import gc
-import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-JOB_TIMEOUT = 150
+from tests.support.processes import fork, free_port, pipe, places
+
+# Seconds without any answer after which a job hangs. No job takes a tenth of it, even on a machine ten times slower.
+HANGS_AFTER = 900
+GRACE = 60  # for the others, once one has failed: they may wait for it in a collective
 MOST_THREADS = 400
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        CUDA_VISIBLE_DEVICES="",
-    )
+def _serve(rank: int, size: int, port: int, jobs: Connection) -> None:
+    os.environ.update(places(rank, size, port))
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # where it hangs, for the one who reads the log
-    import warnings
-
-    warnings.filterwarnings("ignore")
     import torch
 
     torch.set_num_threads(1)
     while True:
-        job = pipe.recv()
-        if job is None:
-            return
-        function, arguments = job
         try:
-            pipe.send((True, function(*arguments)))
+            function, arguments = jobs.recv()
+        except EOFError:  # the tests are over
+            os._exit(0)
+        try:
+            jobs.send((True, function(*arguments)))
         except BaseException as error:
-            pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+            jobs.send((False, (type(error).__name__, str(error), traceback.format_exc())))
         gc.collect()  # engines lie in reference cycles and hold process groups, whose threads would add up
 
 
@@ -62,37 +52,46 @@ class Workers:
     """``size`` processes; calling it runs ``function(*arguments)`` on all and returns their results by rank."""
 
     def __init__(self, size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        port = free_port()
         self.closed = False
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
-            process.start()
+            ours, theirs = pipe()
+            self._processes.append(fork(_serve, rank, size, port, theirs))
+            theirs.close()
             self._pipes.append(ours)
-            self._processes.append(process)
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(JOB_TIMEOUT):
-                self._print_stacks()
-                self.close()
-                for succeeded, answer in answers:
-                    if not succeeded:  # which is why the others wait
-                        raise JobFailedError(*answer)
-                raise TimeoutError(f"rank {rank} gave no answer within {JOB_TIMEOUT} s")
-            answers.append(pipe.recv())
-        for succeeded, answer in answers:
-            if not succeeded:
-                raise JobFailedError(*answer)
-        return [answer for _, answer in answers]
+        for jobs in self._pipes:
+            jobs.send((function, arguments))
+        answers: dict[int, Any] = {}
+        failed: list[Any] = []
+        while len(answers) < len(self._pipes):
+            waiting = [jobs for rank, jobs in enumerate(self._pipes) if rank not in answers]
+            ready = wait(waiting, GRACE if failed else HANGS_AFTER)
+            if not ready:
+                break
+            for jobs in ready:
+                succeeded, answer = self._answer(jobs)
+                answers[self._pipes.index(jobs)] = answer
+                if not succeeded:
+                    failed.append(answer)
+        if len(answers) < len(self._pipes):
+            self._print_stacks()
+            self.close()
+        if failed:
+            raise JobFailedError(*failed[0])
+        if self.closed:
+            raise TimeoutError(f"only ranks {sorted(answers)} answered within {HANGS_AFTER} s")
+        return [answers[rank] for rank in range(len(self._pipes))]
+
+    def _answer(self, jobs: Connection) -> tuple[bool, Any]:
+        try:
+            return jobs.recv()
+        except EOFError:
+            self.close()
+            return False, ("EOFError", "a worker ended in the middle of a job", "")
 
     @property
     def worn(self) -> bool:
