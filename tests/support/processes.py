@@ -6,6 +6,7 @@ forked from a server of `multiprocessing`, which has imported `tests.support.pre
 
 import contextlib
 import importlib
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -39,10 +40,19 @@ def _preloaded(function: Callable[..., None], *arguments: Any) -> None:
     function(*arguments)
 
 
+# Below the ports that the system hands out by itself: gloo takes hundreds of those, between the choice of a port here and
+# the moment when a process listens on it. Each test process begins elsewhere.
+_ports = itertools.cycle(range(20000, 32000))
+for _ in range(os.getpid() * 97 % 12000):
+    next(_ports)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def places(rank: int, size: int, port: int) -> dict[str, str]:
