@@ -40,8 +40,8 @@ def _preloaded(function: Callable[..., None], *arguments: Any) -> None:
     function(*arguments)
 
 
-# Below the ports that the system hands out by itself: gloo takes hundreds of those, between the choice of a port here and
-# the moment when a process listens on it. Each test process begins elsewhere.
+# Below the ports that the system hands out by itself: gloo takes hundreds of those, also between the choice of a port
+# here and the moment when a process listens on it. Each process of pytest begins elsewhere.
 _ports = itertools.cycle(range(20000, 32000))
 for _ in range(os.getpid() * 97 % 12000):
     next(_ports)
