@@ -24,9 +24,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([PRELOAD])
 
 
-def fork(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
-    """``function(*arguments)`` in a new process."""
-    process = _context.Process(target=_preloaded, args=(function, *arguments))
+def fork(function: Callable[..., None], *arguments: Any, daemon: bool) -> ForkServerProcess:
+    """``function(*arguments)`` in a new process. A daemon ends with this process, and may start no others."""
+    process = _context.Process(target=_preloaded, args=(function, *arguments), daemon=daemon)
     process.start()
     return process
 
@@ -72,7 +72,7 @@ class Command:
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
         self._output = output
         output.write_text("")
-        self._process = fork(_run_module, module, list(arguments), dict(environment), str(output))
+        self._process = fork(_run_module, module, list(arguments), dict(environment), str(output), daemon=False)
 
     @property
     def printed(self) -> str:

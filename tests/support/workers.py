@@ -58,7 +58,7 @@ class Workers:
         self._processes = []
         for rank in range(size):
             ours, theirs = pipe()
-            self._processes.append(fork(_serve, rank, size, port, theirs))
+            self._processes.append(fork(_serve, rank, size, port, theirs, daemon=True))
             theirs.close()
             self._pipes.append(ours)
 
