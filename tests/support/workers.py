@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 from tests.support.processes import fork, free_port, pipe, places
@@ -34,10 +33,17 @@ def _serve(rank: int, size: int, port: int, jobs: Connection) -> None:
         except EOFError:  # the tests are over
             os._exit(0)
         try:
-            jobs.send((True, function(*arguments)))
+            answer = True, function(*arguments)
         except BaseException as error:
-            jobs.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+            answer = False, (type(error).__name__, str(error), traceback.format_exc())
         gc.collect()  # engines lie in reference cycles and hold process groups, whose threads would add up
+        jobs.send((*answer, _is_worn()))
+
+
+def _is_worn() -> bool:
+    """Whether an engine has outlived its job: DeepSpeed keeps those of ZeRO-3, and jobs after it take twice as long."""
+    engines = any(type(value).__name__ == "DeepSpeedZeroOptimizer_Stage3" for value in gc.get_objects())
+    return engines or len(os.listdir("/proc/self/task")) > MOST_THREADS
 
 
 class JobFailedError(Exception):
@@ -54,6 +60,7 @@ class Workers:
     def __init__(self, size: int) -> None:
         port = free_port()
         self.closed = False
+        self.worn = False  # to be closed before the next job
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
@@ -88,16 +95,12 @@ class Workers:
 
     def _answer(self, jobs: Connection) -> tuple[bool, Any]:
         try:
-            return jobs.recv()
+            succeeded, answer, worn = jobs.recv()
+            self.worn |= worn
+            return succeeded, answer
         except EOFError:
             self.close()
             return False, ("EOFError", "a worker ended in the middle of a job", "")
-
-    @property
-    def worn(self) -> bool:
-        """Whether to start afresh: what DeepSpeed keeps of a ZeRO-3 engine holds process groups and their threads."""
-        tasks = Path(f"/proc/{self._processes[0].pid}/task")
-        return self.closed or (tasks.exists() and len(list(tasks.iterdir())) > MOST_THREADS)
 
     def _print_stacks(self) -> None:
         for process in self._processes:
@@ -106,6 +109,24 @@ class Workers:
                 time.sleep(1)  # one after the other
 
     def close(self) -> None:
-        self.closed = True
+        self.closed = self.worn = True
         for process in self._processes:
             process.kill()
+
+
+class Pools:
+    """``pools(n)``: n processes, started at first use and kept while they are fit."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Workers] = {}
+
+    def __call__(self, size: int) -> Workers:
+        if size in self._pools and self._pools[size].worn:
+            self._pools.pop(size).close()
+        if size not in self._pools:
+            self._pools[size] = Workers(size)
+        return self._pools[size]
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
