@@ -15,6 +15,7 @@ cpu_platform.install()
 
 import deepspeed  # noqa: E402, F401
 import torch._dynamo  # noqa: E402, F401
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen3ForCausalLM  # noqa: E402, F401
 
 import skv_dist.checkpoint.save  # noqa: E402
 import skv_dist.commands.train  # noqa: E402

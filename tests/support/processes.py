@@ -12,7 +12,9 @@ import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
@@ -67,16 +69,28 @@ def places(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 class Command:
-    """``python -m module arguments`` in a process of its own, whose output goes to a file."""
+    """``python -m module arguments``, or ``python script arguments``, in a process of its own.
 
-    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
+    Its output goes to a file, that of stderr to another where one is given.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        output: Path,
+        errors: Path | None = None,
+    ) -> None:
         self._output = output
-        output.write_text("")
-        self._process = fork(_run_module, module, list(arguments), dict(environment), str(output), daemon=False)
+        files = [str(output), str(errors or output)]
+        for file in files:
+            Path(file).write_text("")
+        self._process = fork(_run, module, list(arguments), dict(environment), files, daemon=False)
 
     @property
     def printed(self) -> str:
-        """stdout and stderr so far."""
+        """What it wrote so far."""
         return self._output.read_text(errors="replace")
 
     @property
@@ -94,13 +108,26 @@ class Command:
             os.kill(self._process.pid, number)
 
 
-def _run_module(module: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
+def _run(module: str, arguments: list[str], environment: dict[str, str], files: list[str]) -> None:
     os.environ.update(environment)
-    file = os.open(output, os.O_WRONLY)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if module.endswith(".py"):
+        sys.path.insert(0, str(Path(module).parent))
+        runpy.run_path(module, run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_forked(command: Sequence[str], **_: Any) -> "subprocess.CompletedProcess[str]":
+    """As ``subprocess.run([sys.executable, script, ...], capture_output=True, text=True)``."""
+    python, script, *arguments = command
+    assert python == sys.executable
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder) / "stdout", Path(folder) / "stderr"
+        code = Command(script, arguments, {}, output, errors).wait()
+        return subprocess.CompletedProcess(list(command), code, output.read_text(), errors.read_text())
 
 
 @contextlib.contextmanager

@@ -6,14 +6,17 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from skv_tools.convert import verify as verification
 from skv_tools.convert.cli import main
 
 from tests.support.jobs.loop import run_training
+from tests.support.processes import run_forked
 from tests.support.settings import BASE, run_settings
 from tests.tools.convert.hf_models import LAYERS, make, save
 
@@ -33,6 +36,13 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Call:
         return main()
 
     return convert
+
+
+@pytest.fixture(autouse=True)
+def runners(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines run in processes whose imports are done, but for tests that are marked: those start a new interpreter."""
+    if "new_interpreter" not in request.keywords:
+        monkeypatch.setattr(verification, "subprocess", SimpleNamespace(run=run_forked))
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +138,6 @@ def test_the_exported_model_is_the_checkpoint_under_its_map(
     wrong[-1] = sorted(set(wrong))[0] if wrong[-1] else sorted(set(wrong))[-1]
     (out / "config.json").write_text(json.dumps({**config, "kv_source_layers": wrong}))
     # The runner is told another map than the one the reference gets.
-    from skv_tools.convert import verify as verification
-
     tokens = verification._tokens(out, verification.TEXT, 32)
     right = verification._reference(checkpoint, tokens, {tuple(MAPS[name])}, torch.float32)[tuple(MAPS[name])]
     import numpy as np
