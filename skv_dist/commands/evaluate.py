@@ -4,7 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from skv_dist.errors import UserError, command
+from skv_dist.commands.entry_point import entry_point
+from skv_dist.errors import UserError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     folder: Path = arguments.checkpoint
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
 
     import torch.distributed as dist
 
-    from skv_dist.data.batches import open_data
+    from skv_dist.data.open import open_data
     from skv_dist.data.tokenizer import load_tokenizer
     from skv_dist.evaluation.generate import sample_text
     from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
     _, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
     losses: dict[str, float] = {}
     if validation is not None:
-        losses = sweep(engine, run, world, evaluation_batches(run, world, validation), plans)
+        losses = sweep(engine, run, evaluation_batches(run, world, validation), plans)
     elif arguments.prompt is None:
         raise UserError(f"{folder / 'config.yaml'}: data holds out no validation text: set data.validation_fraction")
     for name, plan in plans.items():

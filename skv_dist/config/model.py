@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from skv_dist.config.blocks import BLOCK_STYLES, BlockStyle
 from skv_dist.config.section import Section
 
 
@@ -56,24 +57,22 @@ class ModelConfig(Section):
         """Whether the MLP is gated: fused gate and up projections."""
         return self.activation in ("swiglu", "geglu")
 
+    @property
+    def block_style(self) -> BlockStyle:
+        """What `block` does differently from the plain pre-norm block."""
+        return BLOCK_STYLES[self.block]
+
     @model_validator(mode="after")
     def _block_is_whole(self) -> "ModelConfig":
-        if self.block == "gemma4":
-            needed: dict[str, str | bool | None] = {
-                "norm": "rmsnorm",
-                "activation": "geglu",
-                "qk_norm": True,
-                "rope_scaling": None,
-            }
-            for key, value in needed.items():
-                if getattr(self, key) != value:
-                    found, wanted = getattr(self, key), json.dumps(value)
-                    raise ValueError(f"block 'gemma4' does not go with {key} {found!r}: set {key}={wanted}")
-            if self.transformer_impl == "transformer_engine":
-                raise ValueError(
-                    "block 'gemma4' and transformer_impl 'transformer_engine' do not work together: set "
-                    "transformer_impl=local"
-                )
+        for key, needed in self.block_style.needs.items():
+            if getattr(self, key) != needed:
+                given, cure = getattr(self, key), json.dumps(needed)
+                raise ValueError(f"block '{self.block}' does not go with {key} {given!r}: set {key}={cure}")
+        if self.block_style.local_only and self.transformer_impl == "transformer_engine":
+            raise ValueError(
+                f"block '{self.block}' and transformer_impl 'transformer_engine' do not work together: set "
+                "transformer_impl=local"
+            )
         return self
 
     @model_validator(mode="after")

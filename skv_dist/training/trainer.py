@@ -14,7 +14,7 @@ from skv_dist.config.run import Derived, RunConfig
 from skv_dist.data.batches import MicroBatch, Samples, micro_batches, prefetched
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.groups import World, seed_dropout
-from skv_dist.parallel.run_batch import Work, count_tokens, run_batch
+from skv_dist.parallel.run_batch import Work, count_predictions, run_batch
 from skv_dist.routing.draw import DrawKey
 from skv_dist.training.callbacks import Callback, Metrics
 from skv_dist.training.guard import Guard
@@ -23,7 +23,7 @@ from skv_dist.training.throughput import flops_per_token, peak_flops, peak_memor
 
 
 @dataclass(frozen=True)
-class _Launched:
+class LaunchedStep:
     """A step that is on its way; ``results``: loss, gradient norm, whether it was applied, whether to stop."""
 
     results: torch.Tensor
@@ -46,9 +46,8 @@ class Trainer:
         derived: Derived,
         world: World,
         engine: Engine,
-        vocab_size: int,
         samples: Samples,
-        callbacks: Sequence[Callback],
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.run, self.derived, self.world, self.engine = run, derived, world, engine
         self.samples, self.callbacks = samples, list(callbacks)
@@ -57,7 +56,7 @@ class Trainer:
         self.guard = Guard(run.train)
         self.stopped_by: str | None = None
         peak = peak_flops(world.device)
-        flops = flops_per_token(run.model, vocab_size, run.data.sequence_length)
+        flops = flops_per_token(run)
         self._mfu_per_token_rate = flops / (peak * world.size) if peak else None
 
     def state(self) -> dict[str, Any]:
@@ -74,7 +73,7 @@ class Trainer:
         """Train to the end, or until SIGTERM: then `stopped_by` says so and the step in progress is finished.
 
         Raises:
-            UserError: too many steps in a row had to be left out.
+            UserError: too many updates in a row had to be skipped.
         """
         try:
             for callback in self.callbacks:
@@ -84,7 +83,7 @@ class Trainer:
                 work = next(coming, None)
                 while work and not self.stopped_by:
                     began = time.perf_counter()
-                    launched = self._launch(work, asked)
+                    launched = self.launch(work, bool(asked))
                     try:
                         work = next(coming, None)  # while the device is busy
                     finally:  # whatever is wrong with the next batch, this step is recorded and saved
@@ -117,7 +116,7 @@ class Trainer:
             keys = (DrawKey(train.seed, step, batch.index) for batch in batches)
             yield [(batch.to(device), self.policy.plan(key)) for batch, key in zip(batches, keys)]
 
-    def _launch(self, work: list[Work], asked_to_stop: list[str]) -> _Launched:
+    def launch(self, work: list[Work], stop_asked: bool = False) -> LaunchedStep:
         """Queue one step. Its results are on the device, which decides by itself whether to update."""
         run, engine, device = self.run, self.engine, self.world.device
         batches, plans = [batch for batch, _ in work], [plan for _, plan in work]
@@ -125,15 +124,15 @@ class Trainer:
             seed_dropout(run.train.seed, self.step, batches[0].index)
         lr = lr_at(self.step, run.train.steps, run.optimizer)
         engine.set_lr(lr)
-        batch = run_batch(engine, run, batches, plans, tokens=count_tokens(batches), train=True)
+        batch = run_batch(engine, run, batches, plans, num_predictions=count_predictions(batches), train=True)
         mean = batch.loss.double()
         refused = ~(mean.isfinite() & (mean <= self.guard.limit))
-        leave_out, stop = self._agree(refused, torch.full((), bool(asked_to_stop), device=device))
-        outcome = engine.step(leave_out)
+        skip_update, stop = self._true_anywhere(refused, torch.full((), stop_asked, device=device))
+        outcome = engine.step(skip_update)
         results = (mean, outcome.grad_norm, outcome.applied, stop)
-        return _Launched(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)
+        return LaunchedStep(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)
 
-    def _finish(self, launched: _Launched) -> Metrics:
+    def _finish(self, launched: LaunchedStep) -> Metrics:
         """Wait for a step, and judge it."""
         loss, grad_norm, applied, stopped = launched.results.tolist()
         objection = self.guard.objection(loss)
@@ -161,7 +160,7 @@ class Trainer:
         dist.all_reduce(total)
         return int(total.item())
 
-    def _agree(self, *flags: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _true_anywhere(self, *flags: torch.Tensor) -> Sequence[torch.Tensor]:
         """Each flag (a bool scalar on the device), true everywhere if it is true on any rank."""
         votes = torch.stack(flags).int()
         if self.world.size > 1:
