@@ -8,8 +8,8 @@ from megatron.core.enums import ModelType
 from skv_dist.model.chunk import RoutedChunk
 
 
-class ChunkPort:
-    """What the schedules ask of a model, for one chunk of this rank.
+class ChunkPort(torch.nn.Module):
+    """What the schedules ask of a model, for one chunk of this rank. A module, as they insist, without parameters.
 
     Args:
         index: which of its rank's chunks this is.
@@ -19,6 +19,7 @@ class ChunkPort:
     model_type = ModelType.encoder_or_decoder
 
     def __init__(self, chunk: RoutedChunk, index: int, num_chunks: int) -> None:
+        super().__init__()
         self.config: Any = chunk.config
         self.index = index
         self.vp_stage = index if num_chunks > 1 else None

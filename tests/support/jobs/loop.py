@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tests.support.batches import global_batch
-from tests.support.engine import built, drawn_plans, made_engine, vocab_size_of
+from tests.support.engine import built, drawn_plans, made_engine
 from tests.support.settings import SEQUENCE
 
 
@@ -39,7 +39,7 @@ def _trainer(run: Any, world: Any, engine: Any, samples: Any, callbacks: list[An
     from skv_dist.config.run import derive
     from skv_dist.training.trainer import Trainer
 
-    return Trainer(run, derive(run, world.size), world, engine, vocab_size_of(run), samples, callbacks)
+    return Trainer(run, derive(run, world.size), world, engine, samples, callbacks)
 
 
 def steps_before_data_fail(settings: dict[str, Any], position: int) -> list[int]:
@@ -97,5 +97,5 @@ def host_reads(settings: dict[str, Any]) -> int:
         batches = global_batch(0)
         work = list(zip(batches, drawn_plans(run, batches, 0)))
         with Count() as count:
-            trainer._launch(work, [])
+            trainer.launch(work)
     return count.reads
