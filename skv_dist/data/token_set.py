@@ -95,9 +95,9 @@ class PreparedSet:
             )
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
         expected = int(self.offsets[-1]) * np.dtype(index.dtype).itemsize
-        found = (folder / "tokens.bin").stat().st_size
-        if found != expected:
-            raise UserError(f"prepared data {folder}: tokens.bin has {found} bytes where tokens.idx says {expected}")
+        num_bytes = (folder / "tokens.bin").stat().st_size
+        if num_bytes != expected:
+            raise UserError(f"prepared data {folder}: tokens.bin has {num_bytes} bytes, tokens.idx says {expected}")
         self.tokens = np.memmap(folder / "tokens.bin", dtype=index.dtype, mode="r")
 
     @property

@@ -151,7 +151,7 @@ class RoutedSelfAttention(SelfAttention):
         groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         heads = self.num_attention_heads_per_partition
         rows, _ = self.linear_qkv(hidden, queries_only=(groups, heads // groups))
-        query = rows.unflatten(-1, (heads, width))
+        query = rows.unflatten(-1, (heads, width))  # [s, b, q * d] -> [s, b, q, d]
         if not self.config.qk_layernorm:
             return query, ()
         # The norm of one key that is zero hands its weight the zero gradient. It must hang on an input with a gradient:

@@ -24,13 +24,24 @@ class LocalModel(torch.nn.Module):
         super().__init__()
         self.chunks = torch.nn.ModuleList(chunks)
         self._packing = packing
-        self.on_backward: Callable[[], None] | None = None  # called when the backward of any forward begins
+        self.on_backward: Callable[[], None] | None = None  # called when the backward of a forward begins
 
     def routed_chunks(self) -> list[RoutedChunk]:
         """The chunks, in the order of execution."""
         return cast(list[RoutedChunk], list(self.chunks))
 
-    def forward(
+    def forward(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        """``function(*args)``, where it is a method of this model.
+
+        Every computation enters here, so that the hooks of whatever owns the parameters see all of them.
+        """
+        out = function(*args)
+        if self.on_backward is not None and out.requires_grad:
+            begins = self.on_backward
+            out.register_hook(lambda grad: begins())
+        return out
+
+    def run_chunk(
         self,
         index: int,
         plan: RoutePlan,
@@ -58,14 +69,11 @@ class LocalModel(torch.nn.Module):
         out, live = chunk(plan, tokens, hidden, live, labels, documents)
         if not chunk.has_head:
             out = self._packing.pack(out, live, plan.live_after(chunk.numbers.stop - 1), width)
-        if self.on_backward is not None and out.requires_grad:
-            out.register_hook(lambda grad: self.begin_backward())
         return out
 
-    def begin_backward(self) -> None:
-        """Tell the engine, if it wants to know, that a backward begins."""
-        if self.on_backward is not None:
-            self.on_backward()
+    def dot_with_embedding(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A scalar whose gradient by the embedding's weight [v, h] is ``gradient``, of the same shape."""
+        return (self.routed_chunks()[0].embedding.weight * gradient).sum()
 
     @property
     def device(self) -> torch.device:

@@ -156,9 +156,9 @@ class Trainer:
         return metrics
 
     def _sum(self, count: int) -> int:
-        total = torch.tensor(count, dtype=torch.int64, device=self.world.device)
-        dist.all_reduce(total)
-        return int(total.item())
+        summed = torch.tensor(count, dtype=torch.int64, device=self.world.device)
+        dist.all_reduce(summed)
+        return int(summed.item())
 
     def _true_anywhere(self, *flags: torch.Tensor) -> Sequence[torch.Tensor]:
         """Each flag (a bool scalar on the device), true everywhere if it is true on any rank."""

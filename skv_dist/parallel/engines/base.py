@@ -1,7 +1,7 @@
 """What the trainer needs of whatever owns parameters, gradients and optimizer state."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -52,8 +52,12 @@ class Engine(ABC):
     tied: TiedHead
 
     def forward(self, index: int, *args: Any) -> torch.Tensor:
-        """`LocalModel.forward`, with or without gradient."""
-        return self.model(index, *args)
+        """`LocalModel.run_chunk`, with or without gradient."""
+        return self._call(self.model.run_chunk, index, *args)
+
+    def _call(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        """A method of the model, called through whatever must see every forward."""
+        return self.model(function, *args)
 
     def step(self, skip_update: torch.Tensor | bool = False) -> StepOutcome:
         """Reduce, clip and update with all gradients since the last step, and clear them.
@@ -75,10 +79,7 @@ class Engine(ABC):
         """Add the head's gradient to that of the embedding it is tied to, where they are on different stages."""
         gradient = self.tied.gradient()
         if gradient is not None:
-            # The embedding takes it as it takes any other: by a backward, with the hooks that reduce and accumulate.
-            self.model.begin_backward()
-            weight = self.tied.owned_weight
-            weight.backward(gradient.to(weight.dtype))
+            self._call(self.model.dot_with_embedding, gradient).backward()
 
     @abstractmethod
     def _update(self, skip_update: torch.Tensor | bool) -> StepOutcome: ...

@@ -41,13 +41,6 @@ class TiedHead:
         self._weight.register_post_accumulate_grad_hook(self._accumulate)
         self._gradient = torch.zeros(rows, config.hidden_size, device=model.device)  # fp32, over micro-batches
 
-    @property
-    def owned_weight(self) -> torch.Tensor:
-        """The embedding's weight, on the first stage."""
-        assert self._group is not None
-        assert self._owns
-        return self._weight
-
     def _accumulate(self, copy: torch.Tensor) -> None:
         assert copy.grad is not None
         self._gradient.add_(copy.grad)

@@ -6,7 +6,7 @@ by one.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -153,8 +153,8 @@ class ZeroEngine(Engine):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # a rank within the data group
                 parameter.data.copy_(value)
 
-    def forward(self, index: int, *args: Any) -> torch.Tensor:
-        return self._engine(index, *args)
+    def _call(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        return self._engine(function, *args)
 
     def set_clip_grad_norm(self, limit: float) -> None:
         for name in ("clip_grad", "_clip_grad"):  # stages 1 to 3, and stage 1's optimizer for bf16
