@@ -2,7 +2,7 @@
 
 ``checkpoints/step_00000100/`` holds DCP's ``.metadata`` and ``__RANK_N.distcp`` (tensors), ``metadata.json``
 (Megatron's mark of the format), ``state.json`` (the rest of the run's state), ``config.yaml``, and ``manifest.json``:
-size and SHA-256 of every other file. A folder is written aside and renamed once all of it is on disk;
+size and SHA-256 of every other file. A folder is written under a hidden name and renamed once all of it is on disk;
 ``checkpoints/latest`` names the newest.
 
 Trust: whoever can write a checkpoint can choose what a run computes, but not what it executes. The manifest finds
@@ -22,7 +22,7 @@ from typing import Any
 from skv_dist.config.load import load_config
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
-from skv_dist.files import WRITING, aside_of, replace_text, sync_folder, write_synced
+from skv_dist.files import WRITING, replace_text, sync_folder, unfinished_path, write_synced
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -85,12 +85,12 @@ def seal(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def publish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make what lies aside for ``folder`` visible: manifest, rename, ``latest`` last."""
-    aside = aside_of(folder)
-    seal(aside, manifest)
+    """Make the unfinished form of ``folder`` visible: manifest, rename, ``latest`` last."""
+    unfinished = unfinished_path(folder)
+    seal(unfinished, manifest)
     if folder.exists():  # a damaged one of the same step, passed over at resume
         _delete(folder)
-    os.rename(aside, folder)
+    os.rename(unfinished, folder)
     sync_folder(folder.parent)
     replace_text(folder.parent / LATEST, folder.name + "\n")
 

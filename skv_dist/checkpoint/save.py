@@ -14,7 +14,7 @@ from skv_dist.checkpoint.shards import Shards, snapshot
 from skv_dist.config.load import dump_config
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import cause_in_one_line
-from skv_dist.files import aside_of, write_synced
+from skv_dist.files import unfinished_path, write_synced
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.agree import first_error
 
@@ -86,20 +86,22 @@ class Saver:
 
     def _begin(self, folder: Path, state: dict[str, Any]) -> None:
         if self._rank == 0:
-            aside = aside_of(folder)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            files.write_state(aside, state)
-            write_synced(aside / files.CONFIG, dump_config(self._run))
+            unfinished = unfinished_path(folder)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            files.write_state(unfinished, state)
+            write_synced(unfinished / files.CONFIG, dump_config(self._run))
 
     def _publish(self, folder: Path) -> None:
-        aside = aside_of(folder)
-        of_this_rank = {path.name: files.digest(path) for path in aside.glob(f"__{self._rank}_*.distcp")}
+        unfinished = unfinished_path(folder)
+        of_this_rank = {path.name: files.digest(path) for path in unfinished.glob(f"__{self._rank}_*.distcp")}
         of_all_ranks: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(of_all_ranks, of_this_rank, group=self._group)
         if self._rank == 0:
             manifest = {name: entry for entries in of_all_ranks for name, entry in entries.items()}
-            manifest.update({path.name: files.digest(path) for path in aside.iterdir() if path.name not in manifest})
+            manifest.update(
+                {path.name: files.digest(path) for path in unfinished.iterdir() if path.name not in manifest}
+            )
             files.publish(folder, manifest)
             files.prune(self._root, self._run.checkpoint.keep_last, self._run.checkpoint.keep_every)
 
@@ -108,11 +110,11 @@ class Saver:
         if error is None:
             print(f"saved {folder}", flush=True)
         else:
-            shutil.rmtree(aside_of(folder), ignore_errors=True)
+            shutil.rmtree(unfinished_path(folder), ignore_errors=True)
             print(f"step {step}: checkpoint {folder} could not be written ({error}); going on without", flush=True)
 
 
 def write_tensors(folder: Path, shards: dict[str, Shards], group: dist.ProcessGroup) -> None:
-    """Write what each rank stores into the folder that lies aside for ``folder``. Collective over ``group``."""
-    writer = dcp.FileSystemWriter(aside_of(folder), sync_files=True)
+    """Write what each rank stores into the unfinished form of ``folder``. Collective over ``group``."""
+    writer = dcp.FileSystemWriter(unfinished_path(folder), sync_files=True)
     dcp.save(dict(shards), storage_writer=writer, process_group=group)

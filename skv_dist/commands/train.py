@@ -83,12 +83,12 @@ def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", wo
             "world_size": world.size,
         }
 
-    trainer.callbacks = _callbacks(trainer, saver, state, validation)
+    callbacks = _callbacks(trainer, saver, state, validation)
     if world.is_first:
         output_folder.begin(out, run, trainer.step)
         _announce(trainer, start)
     first_step = trainer.step
-    trainer.fit()
+    trainer.fit(callbacks)
     if run.checkpoint.at_end and trainer.step not in (first_step, saver.saved_step):
         saver.save(trainer.step, state())
     saver.close()

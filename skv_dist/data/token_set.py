@@ -35,8 +35,8 @@ def write_prepared(out: Path, token_documents: Iterable[np.ndarray], tokenizer: 
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    with new_folder(out) as aside:
-        builder = IndexedDatasetBuilder(str(aside / "tokens.bin"), dtype=_token_dtype(tokenizer.vocab_size))
+    with new_folder(out) as unfinished:
+        builder = IndexedDatasetBuilder(str(unfinished / "tokens.bin"), dtype=_token_dtype(tokenizer.vocab_size))
         num_tokens = num_documents = 0
         for ids in token_documents:
             if len(ids) == 0:
@@ -48,7 +48,7 @@ def write_prepared(out: Path, token_documents: Iterable[np.ndarray], tokenizer: 
         if num_documents == 0:
             named = ", ".join(str(source.get("path")) for source in sources)
             raise UserError(f"data source '{named}' holds no text: every document is empty")
-        builder.finalize(str(aside / "tokens.idx"))
+        builder.finalize(str(unfinished / "tokens.idx"))
         meta = {
             "format": 1,
             "tokenizer": tokenizer.name,
@@ -60,7 +60,7 @@ def write_prepared(out: Path, token_documents: Iterable[np.ndarray], tokenizer: 
             "sources": sources,
             "skv_dist": __version__,
         }
-        (aside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (unfinished / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
 class PreparedSet:

@@ -37,7 +37,6 @@ class Trainer:
     Args:
         engine: owns the model and the optimizer.
         samples: the training samples, in order.
-        callbacks: called in order on this rank; more may be added before `fit`.
     """
 
     def __init__(
@@ -47,10 +46,9 @@ class Trainer:
         world: World,
         engine: Engine,
         samples: Samples,
-        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.run, self.derived, self.world, self.engine = run, derived, world, engine
-        self.samples, self.callbacks = samples, list(callbacks)
+        self.samples = samples
         self.step = 0  # steps behind us
         self.policy = run.policy()
         self.guard = Guard(run.train)
@@ -69,14 +67,17 @@ class Trainer:
         self.step = state["step"]
         self.guard.restore(state["guard"])
 
-    def fit(self) -> None:
+    def fit(self, callbacks: Sequence[Callback] = ()) -> None:
         """Train to the end, or until SIGTERM: then `stopped_by` says so and the step in progress is finished.
+
+        Args:
+            callbacks: called in this order at each step of this rank.
 
         Raises:
             UserError: too many updates in a row had to be skipped.
         """
         try:
-            for callback in self.callbacks:
+            for callback in callbacks:
                 callback.on_start(self.step, self.run.train.steps)
             with _terminate_after_step() as asked:
                 coming = self._work()
@@ -89,10 +90,10 @@ class Trainer:
                     finally:  # whatever is wrong with the next batch, this step is recorded and saved
                         metrics = self._finish(launched)
                         self._measure(metrics, time.perf_counter() - began)
-                        for callback in self.callbacks:
+                        for callback in callbacks:
                             callback.on_step(self.step, metrics)
         finally:
-            for callback in self.callbacks:
+            for callback in callbacks:
                 callback.on_end()
 
     def _work(self) -> Iterator[list[Work]]:

@@ -35,11 +35,11 @@ def run_and_print(settings: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
         return run_training(settings), printed.getvalue()
 
 
-def _trainer(run: Any, world: Any, engine: Any, samples: Any, callbacks: list[Any]) -> Any:
+def _trainer(run: Any, world: Any, engine: Any, samples: Any) -> Any:
     from skv_dist.config.run import derive
     from skv_dist.training.trainer import Trainer
 
-    return Trainer(run, derive(run, world.size), world, engine, samples, callbacks)
+    return Trainer(run, derive(run, world.size), world, engine, samples)
 
 
 def steps_before_data_fail(settings: dict[str, Any], position: int) -> list[int]:
@@ -61,9 +61,9 @@ def steps_before_data_fail(settings: dict[str, Any], position: int) -> list[int]
             heard.append(step)
 
     with built(settings) as (run, world), made_engine(run, world) as engine:
-        trainer = _trainer(run, world, engine, Broken(), [Listener()])
+        trainer = _trainer(run, world, engine, Broken())
         with contextlib.suppress(UserError):
-            trainer.fit()
+            trainer.fit([Listener()])
     return heard
 
 
@@ -93,7 +93,7 @@ def host_reads(settings: dict[str, Any]) -> int:
         built(settings) as (run, world),
         made_engine(run, world) as engine,
     ):
-        trainer = _trainer(run, world, engine, [], [])
+        trainer = _trainer(run, world, engine, [])
         batches = global_batch(0)
         work = list(zip(batches, drawn_plans(run, batches, 0)))
         with Count() as count:
