@@ -20,12 +20,33 @@ if TYPE_CHECKING:  # torch is imported once the configuration is known to be goo
 
 
 def parse(argv: list[str]) -> RunConfig:
-    parser = argparse.ArgumentParser(prog="skv-train", description=__doc__)
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = argparse.ArgumentParser(
+        prog="skv-train",
+        usage="skv-train CONFIG.yaml [section.key=value ...]\n       skv-train --explain [section.key]",
+        description="Train from one YAML file, under plain python, torchrun or deepspeed alike.",
+        epilog="Every key with its meaning and default: configs/reference.yaml, or python -m skv_dist.config.reference",
+    )
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="what the run is")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="change keys of it, such as train.steps=100"
+    )
+    parser.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="section.key",
+        help="say what a key means, or which keys a section has, and train nothing; without a key: the sections",
+    )
     # Given by the deepspeed launcher; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.explain is not None:
+        from skv_dist.config.explain import explain
+
+        print(explain(arguments.explain))
+        parser.exit()
+    if arguments.config is None:
+        parser.error("the following arguments are required: CONFIG.yaml")
     return load_config(arguments.config, arguments.overrides)
 
 
