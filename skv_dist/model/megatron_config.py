@@ -54,6 +54,19 @@ def transformer_impl(run: RunConfig) -> str:
     return "transformer_engine" if has_transformer_engine() and not local else "local"
 
 
+def check_device(run: RunConfig) -> None:
+    """Refuse to train where the device of this machine would leave out what the configuration asks for.
+
+    Raises:
+        UserError: naming both keys and the cure.
+    """
+    if torch.cuda.is_available() and run.data.reset_attention and run.model.attention_dropout:
+        raise UserError(
+            f"data.reset_attention: true and model.attention_dropout {run.model.attention_dropout} do not work together "
+            "on a GPU, whose kernel for attention within documents knows no dropout: set model.attention_dropout=0"
+        )
+
+
 def transformer_config(run: RunConfig) -> TransformerConfig:
     """Megatron's configuration of the layers of one rank."""
     model, parallel = run.model, run.parallel
