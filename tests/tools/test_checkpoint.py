@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from skv_tools.checkpoint import main
+from skv_tools.checkpoint.cli import main
 
 from tests import jobs
 from tests.training.runs import settings
