@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written aside, synced to disk, then renamed."""
+"""Files and folders that appear whole or not at all: written under a hidden name, synced to disk, then renamed."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from skv_dist.errors import UserError
 WRITING = ".writing"  # ends the name of whatever is not whole yet
 
 
-def aside_of(path: Path) -> Path:
+def unfinished_path(path: Path) -> Path:
     """Where ``path`` is written before it appears: hidden, in the same folder, so that a rename is enough."""
     return path.with_name(f".{path.name}{WRITING}")
 
@@ -35,9 +35,9 @@ def sync_folder(folder: Path) -> None:
 
 def replace_text(file: Path, text: str) -> None:
     """Put ``text`` in the place of ``file``'s content. A reader, or a crash, sees the old or the new, never a part."""
-    aside = aside_of(file)
-    write_synced(aside, text)
-    os.replace(aside, file)
+    unfinished = unfinished_path(file)
+    write_synced(unfinished, text)
+    os.replace(unfinished, file)
     sync_folder(file.parent)
 
 
@@ -50,13 +50,14 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists():
         raise UserError(f"{out} exists already: remove it or choose another folder")
-    aside = aside_of(out.with_name(f"{out.name}.{os.getpid()}"))  # two processes may make the same folder at once
-    shutil.rmtree(aside, ignore_errors=True)
+    # With the process in its name: two may make the same folder at once.
+    unfinished = unfinished_path(out.with_name(f"{out.name}.{os.getpid()}"))
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        os.replace(aside, out)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        os.replace(unfinished, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)

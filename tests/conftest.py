@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.runs import write_text
-from tests.workers import Workers
+from tests.support.runs import write_text
+from tests.support.workers import Workers
+
+collect_ignore = ["long"]  # runs when it is named: python -m pytest tests/long
 
 
 @pytest.fixture(scope="session")

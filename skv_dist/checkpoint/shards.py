@@ -1,8 +1,9 @@
 """Between an engine's parameters and optimizer state, and the full tensors of a checkpoint.
 
 Every value is stored under its global name with the shape it has in a single process, whatever the layout: the fp32
-weight as ``model.NAME``, Adam's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``. Within a data-parallel group each
-parameter has one owner that writes and reads it, so a rank holds its own share and one parameter more, never the model.
+weight as ``model.NAME``, Adam's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` (`State`). Within a data-parallel
+group each parameter has one owner that writes and reads it, so a rank holds its own share and one parameter more, never
+the model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from skv_dist.config.run import RunConfig
-from skv_dist.parallel.engines.base import MODEL, MOMENTS, Engine
+from skv_dist.parallel.engines.base import Engine, State
 from skv_dist.parallel.local_model import partitioned_shape
-from skv_dist.parallel.tensor_split import Piece, full_shape, kind_of, pieces
+from skv_dist.parallel.tensor_split import Block, Replicated, split_of
 
 
 class Shards(torch.Tensor):
@@ -35,10 +36,10 @@ class Shards(torch.Tensor):
     _blocks: dict[torch.Size, torch.Tensor]
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], part: torch.Tensor, blocks: Sequence[Piece]) -> "Shards":
+    def __new__(cls, shape: Sequence[int], part: torch.Tensor, blocks: Sequence[Block]) -> "Shards":
         made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape))
         made.part = part
-        made._blocks = {torch.Size(piece.offsets): part[piece.block] for piece in blocks}
+        made._blocks = {torch.Size(block.offsets): part[block.slices] for block in blocks}
         return made
 
     @classmethod
@@ -74,66 +75,66 @@ class Owned(NamedTuple):
 def owned_parameters(engine: Engine) -> Iterator[Owned]:
     """The parameters of this rank in order, each with the owner that has the least to store so far."""
     loads = [0] * parallel_state.get_data_parallel_world_size()
-    for name, parameter in engine.root.named():
+    for name, parameter in engine.model.named():
         owner = loads.index(min(loads))
         loads[owner] += torch.Size(partitioned_shape(parameter)).numel()
         yield Owned(name, parameter, owner)
 
 
-class _Layout:
-    """How the parts of this tensor-parallel rank lie in full tensors."""
-
-    def __init__(self, run: RunConfig, vocab_size: int) -> None:
-        self._gated, self._vocab_size = run.model.gated, vocab_size
-        self._rank = parallel_state.get_tensor_model_parallel_rank()
-        self._size = parallel_state.get_tensor_model_parallel_world_size()
-
-    def shards(self, owned: Owned, part: torch.Tensor, *, writes: bool) -> Shards:
-        kind = kind_of(owned.name, self._gated)
-        local = partitioned_shape(owned.parameter)
-        blocks = pieces(kind, self._rank, self._size, local, self._vocab_size)
-        if writes and kind == "replicated" and self._rank > 0:
-            blocks = []  # the first rank writes it
-        return Shards(full_shape(local, kind, self._size, self._vocab_size), part, blocks)
+def stored_name(state: State, name: str) -> str:
+    """Name on disk of one value of a parameter."""
+    return f"{state.value}.{name}"
 
 
-def snapshot(engine: Engine, run: RunConfig, vocab_size: int) -> dict[str, Shards]:
+def _shards_of(owned: Owned, run: RunConfig, values: torch.Tensor, *, writes: bool) -> Shards:
+    """Where ``values``, this tensor-parallel rank's part of a parameter, lie in the full tensor."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    part, split = partitioned_shape(owned.parameter), split_of(owned.name, run)
+    blocks = split.blocks(rank, part)
+    if writes and isinstance(split, Replicated) and rank > 0:
+        blocks = []  # the first rank writes it
+    return Shards(split.full_shape(part), values, blocks)
+
+
+def snapshot(engine: Engine, run: RunConfig) -> dict[str, Shards]:
     """A copy on the CPU of what this rank stores. Collective over data-parallel ranks."""
-    layout, mine = _Layout(run, vocab_size), parallel_state.get_data_parallel_rank()
-    found = {}
+    data_rank = parallel_state.get_data_parallel_rank()
+    shards = {}
     for owned in owned_parameters(engine):
-        for what in (MODEL, *MOMENTS):
-            value = engine.read(owned.parameter, what)
-            if owned.owner == mine:
+        for state in State:
+            value = engine.read(owned.parameter, state)
+            if owned.owner == data_rank:
                 # to() alone would hand out the engine's own memory on a CPU
                 copy = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-                found[f"{what}.{owned.name}"] = layout.shards(owned, copy, writes=True)
-    return {name: shards for name, shards in found.items() if shards.__create_chunk_list__()}
+                shards[stored_name(state, owned.name)] = _shards_of(owned, run, copy, writes=True)
+    return {name: pieces for name, pieces in shards.items() if pieces.__create_chunk_list__()}
 
 
-def empty_shards(engine: Engine, run: RunConfig, vocab_size: int, whats: Sequence[str]) -> dict[str, Shards]:
+def empty_shards(engine: Engine, run: RunConfig, states: Sequence[State]) -> dict[str, Shards]:
     """Zeros for what this rank reads, in the same shares."""
-    layout, mine = _Layout(run, vocab_size), parallel_state.get_data_parallel_rank()
-    return {
-        f"{what}.{owned.name}": layout.shards(owned, torch.zeros(partitioned_shape(owned.parameter)), writes=False)
-        for owned in owned_parameters(engine)
-        for what in whats
-        if owned.owner == mine
-    }
+    data_rank = parallel_state.get_data_parallel_rank()
+    shards = {}
+    for owned in owned_parameters(engine):
+        for state in states:
+            if owned.owner == data_rank:
+                zeros = torch.zeros(partitioned_shape(owned.parameter))
+                shards[stored_name(state, owned.name)] = _shards_of(owned, run, zeros, writes=False)
+    return shards
 
 
 @torch.no_grad()
-def restore(engine: Engine, shards: dict[str, Shards], whats: Sequence[str]) -> None:
+def restore(engine: Engine, shards: dict[str, Shards], states: Sequence[State]) -> None:
     """Hand each value from its owner to its data-parallel group and set it. Collective over all ranks."""
     group = parallel_state.get_data_parallel_group()
-    mine = parallel_state.get_data_parallel_rank()
+    data_rank = parallel_state.get_data_parallel_rank()
+    device = engine.model.device
     for owned in owned_parameters(engine):
-        for what in whats:
-            if owned.owner == mine:
-                value = shards[f"{what}.{owned.name}"].part.to(engine.root.device)
+        for state in states:
+            if owned.owner == data_rank:
+                value = shards[stored_name(state, owned.name)].part.to(device)
             else:
-                value = torch.empty(partitioned_shape(owned.parameter), device=engine.root.device)
+                value = torch.empty(partitioned_shape(owned.parameter), device=device)
             if group.size() > 1:
                 dist.broadcast(value, dist.get_global_rank(group, owned.owner), group=group)
-            engine.write(owned.parameter, what, value)
+            engine.write(owned.parameter, state, value)
     engine.tied.refresh()

@@ -8,8 +8,10 @@ import torch
 from skv_dist.config.policy import build_policy
 from skv_dist.config.run import RunConfig
 from skv_dist.routing.draw import DrawKey
-from tests import jobs
 from tests.model.plain import routed_logits
+from tests.support.batches import global_batch
+from tests.support.jobs import parity
+from tests.support.settings import config
 
 
 def expected(settings: dict[str, Any], parameters: dict[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
@@ -19,7 +21,7 @@ def expected(settings: dict[str, Any], parameters: dict[str, np.ndarray]) -> tup
     weights = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in parameters.items()}
     total, counted = torch.zeros([], dtype=torch.float64), 0.0
     borrowed = 0
-    for batch in jobs.global_batch(0):
+    for batch in global_batch(0):
         table = policy.table(DrawKey(run.train.seed, 0, batch.index))
         borrowed += sum(source != layer for layer, source in enumerate(table))
         logits = routed_logits(weights, run.model, batch.tokens, table)
@@ -34,8 +36,8 @@ def expected(settings: dict[str, Any], parameters: dict[str, np.ndarray]) -> tup
 
 def test_loss_and_every_gradient_equal_the_plain_reference(workers: Any) -> None:
     for tied in (False, True):
-        settings = jobs.config(parallel={"zero_stage": 0}, model={"tie_embeddings": tied})
-        found = workers(1)(jobs.train, settings, 0)[0]
+        settings = config(parallel={"zero_stage": 0}, model={"tie_embeddings": tied})
+        found = workers(1)(parity.train, settings, 0)[0]
         loss, gradients = expected(settings, found["parameters"])
         assert abs(found["losses"][0] - loss) < 1e-6 * loss
         assert found["gradients"].keys() == gradients.keys()
@@ -46,9 +48,9 @@ def test_loss_and_every_gradient_equal_the_plain_reference(workers: Any) -> None
 
 def test_gradients_differ_where_borrowed_kv_is_cut_off(workers: Any) -> None:
     """The comparison above can fail: without the gradient through borrowed K/V, sources learn something else."""
-    settings = jobs.config(parallel={"zero_stage": 0})
-    found = workers(1)(jobs.train, settings, 0)[0]
-    dense = jobs.config(parallel={"zero_stage": 0}, routing={"policy": "none", "cross_prob": 0.0})
+    settings = config(parallel={"zero_stage": 0})
+    found = workers(1)(parity.train, settings, 0)[0]
+    dense = config(parallel={"zero_stage": 0}, routing={"policy": "none", "cross_prob": 0.0})
     _, gradients = expected(dense, found["parameters"])
     name = "layers.0.self_attention.linear_qkv.weight"
     error = np.abs(found["gradients"][name] - gradients[name]).max() / np.abs(gradients[name]).max()

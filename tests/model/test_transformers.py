@@ -8,9 +8,10 @@ import pytest
 import torch
 from skv_tools.convert.from_hf import from_hf
 
-from skv_dist.checkpoint.save import read_tensors, tensor_shapes
-from tests import jobs
-from tests.tools.hf_models import LLAMA3, make, save
+from skv_dist.checkpoint.load import read_tensors, tensor_shapes
+from tests.support.jobs import parity
+from tests.support.settings import config
+from tests.tools.convert.hf_models import LLAMA3, make, save
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_logits_equal_transformers(
 
     names = list(tensor_shapes(tmp_path / "ours"))
     weights = {n.removeprefix("model."): t.numpy() for n, t in read_tensors(tmp_path / "ours", names).items()}
-    settings = jobs.config(
+    settings = config(
         model={
             "num_layers": 4,
             "head_dim": 16 if kind == "qwen3" else 8,
@@ -47,7 +48,7 @@ def test_logits_equal_transformers(
         data={"sequence_length": 48},
         parallel={"zero_stage": 0, "tensor": processes},
     )
-    ours = workers(processes)(jobs.logits, settings, weights, tokens.numpy(), [0, 1, 2, 3])[0][..., :262]
+    ours = workers(processes)(parity.logits, settings, weights, tokens.numpy(), [0, 1, 2, 3])[0][..., :262]
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
-    wrong = workers(processes)(jobs.logits, settings, weights, tokens.numpy(), [0, 1, 1, 3])[0][..., :262]
+    wrong = workers(processes)(parity.logits, settings, weights, tokens.numpy(), [0, 1, 1, 3])[0][..., :262]
     assert np.abs(wrong - theirs).max() > 1e-2 * np.abs(theirs).max()

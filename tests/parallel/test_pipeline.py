@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import jobs
-from tests.parallel.test_parity import check, compare, one_process
+from tests.support.compare import check, compare, one_process
+from tests.support.jobs import parity
+from tests.support.settings import BASE, config
 
 # tensor, sequence_parallel, pipeline, virtual_pipeline, replicas
 TWO = [(1, False, 2, 1, 1), (1, False, 2, 2, 1)]
@@ -32,7 +33,7 @@ def test_pipeline_equals_one_process(
     workers: Any, split: tuple[int, bool, int, int, int], zero: int, recompute: str, policy: str
 ) -> None:
     tensor, sp, pipeline, virtual, replicas = split
-    settings = jobs.config(
+    settings = config(
         parallel={
             "tensor": tensor,
             "sequence_parallel": sp,
@@ -69,23 +70,23 @@ VARIANTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_equal_one_process(workers: Any, name: str) -> None:
     processes, sections = VARIANTS[name]
-    compare(workers, processes, jobs.config(**sections))
+    compare(workers, processes, config(**sections))
 
 
 def test_routes_within_stages_equal_one_process_with_the_same_tables(workers: Any) -> None:
     routing = {"policy": "r_cla", "within_stage": True}
-    split = jobs.config(parallel={"pipeline": 2}, routing=routing)
-    alone = jobs.config(parallel={"zero_stage": 0}, routing=routing)
-    expected = workers(1)(jobs.train, alone, 3, "routes_within_two_stages")[0]
-    check(workers(2)(jobs.train, split)[0], expected)
+    split = config(parallel={"pipeline": 2}, routing=routing)
+    alone = config(parallel={"zero_stage": 0}, routing=routing)
+    expected = workers(1)(parity.train, alone, 3, "routes_within_two_stages")[0]
+    check(workers(2)(parity.train, split)[0], expected)
 
 
 @pytest.mark.parametrize(("zero", "virtual"), [(1, 1), (2, 2)])
 def test_bf16_is_as_close_to_fp32_as_without_a_pipeline(workers: Any, zero: int, virtual: int) -> None:
-    expected = one_process(workers, jobs.BASE)
+    expected = one_process(workers, BASE)
 
     def error(parallel: dict[str, Any], processes: int) -> float:
-        found = workers(processes)(jobs.train, jobs.config(parallel=parallel, train={"precision": "bf16"}))[0]
+        found = workers(processes)(parity.train, config(parallel=parallel, train={"precision": "bf16"}))[0]
         gradients = found["gradients"]
         return float(
             np.mean([np.linalg.norm(gradients[n] - g) / np.linalg.norm(g) for n, g in expected["gradients"].items()])

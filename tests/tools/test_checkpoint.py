@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 from skv_tools.checkpoint.cli import main
 
-from tests import jobs
-from tests.training.runs import settings
+from tests.support.jobs.loop import run_training
+from tests.support.settings import run_settings
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -24,7 +24,7 @@ def test_inspect_export_prune(
     (tmp_path / "a.txt").write_text("a few words\n" * 300)
     run = tmp_path / "run"
     keep = {"every": 1, "keep_last": None}
-    given = settings(
+    given = run_settings(
         tmp_path,
         run,
         train={"steps": 3},
@@ -33,7 +33,7 @@ def test_inspect_export_prune(
         parallel={"tensor": 2, "zero_stage": 2},
         data={"validation_fraction": 0},
     )
-    workers(2)(jobs.run_training, given)
+    workers(2)(run_training, given)
     last = run / "checkpoints" / "step_00000003"
     assert call(monkeypatch, "inspect", last, "--tensors") == 0
     printed = capsys.readouterr().out

@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import jobs
-from tests.training.runs import losses, settings
-from tests.workers import JobFailedError
+from tests.support.jobs import parity
+from tests.support.jobs.loop import host_reads, run_training, steps_before_data_fail
+from tests.support.runs import losses
+from tests.support.settings import GLOBAL_BATCH, config, run_settings
+from tests.support.workers import JobFailedError
 
 
 def test_runs_repeat_bitwise_and_do_not_depend_on_the_number_of_replicas(
     workers: Any, text: Path, tmp_path: Path
 ) -> None:
-    one = workers(1)(jobs.run_training, settings(text, tmp_path / "a"))[0]
-    again = workers(1)(jobs.run_training, settings(text, tmp_path / "b"))[0]
+    one = workers(1)(run_training, run_settings(text, tmp_path / "a"))[0]
+    again = workers(1)(run_training, run_settings(text, tmp_path / "b"))[0]
     assert losses(one) == losses(again)
     assert [line["step"] for line in one] == list(range(1, 7))
     expected = {"loss", "grad_norm", "lr", "tokens", "tokens_per_second", "peak_memory_bytes", "skipped", "step"}
@@ -28,42 +30,42 @@ def test_runs_repeat_bitwise_and_do_not_depend_on_the_number_of_replicas(
     assert "eval/loss@0.50" in one[2]
     assert "eval/loss@1.00" in one[5]
 
-    two = workers(2)(jobs.run_training, settings(text, tmp_path / "c"))[0]
+    two = workers(2)(run_training, run_settings(text, tmp_path / "c"))[0]
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
     tensor = {"tensor": 2, "sequence_parallel": True}
-    split = workers(2)(jobs.run_training, settings(text, tmp_path / "d", parallel=tensor))[0]
+    split = workers(2)(run_training, run_settings(text, tmp_path / "d", parallel=tensor))[0]
     np.testing.assert_allclose(losses(split), losses(one), rtol=1e-5)
-    twice = workers(2)(jobs.run_training, settings(text, tmp_path / "e", parallel=tensor))[0]
+    twice = workers(2)(run_training, run_settings(text, tmp_path / "e", parallel=tensor))[0]
     assert losses(split) == losses(twice)
-    other = workers(1)(jobs.run_training, settings(text, tmp_path / "f", train={"seed": 8}))[0]
+    other = workers(1)(run_training, run_settings(text, tmp_path / "f", train={"seed": 8}))[0]
     assert losses(other) != losses(one)
 
 
 @pytest.mark.parametrize("virtual", [1, 2])
 def test_a_pipeline_gives_the_run_of_one_process(workers: Any, text: Path, tmp_path: Path, virtual: int) -> None:
-    one = workers(1)(jobs.run_training, settings(text, tmp_path / "one"))[0]
+    one = workers(1)(run_training, run_settings(text, tmp_path / "one"))[0]
     parallel = {"pipeline": 2, "virtual_pipeline": virtual, "zero_stage": 2}
-    given = settings(text, tmp_path / "two", parallel=parallel)
-    two = workers(2)(jobs.run_training, given)[0]
+    given = run_settings(text, tmp_path / "two", parallel=parallel)
+    two = workers(2)(run_training, given)[0]
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
 
     assert all(line["wire_bytes"] > 0 for line in two)
 
 
 def test_a_run_is_not_written_over(workers: Any, text: Path, tmp_path: Path) -> None:
-    workers(1)(jobs.run_training, settings(text, tmp_path / "a", train={"steps": 1}))
+    workers(1)(run_training, run_settings(text, tmp_path / "a", train={"steps": 1}))
     before = (tmp_path / "a" / "metrics.jsonl").read_text()
     with pytest.raises(JobFailedError, match="already holds a run"):
-        workers(1)(jobs.run_training, settings(text, tmp_path / "a", checkpoint={"resume": "never"}))
+        workers(1)(run_training, run_settings(text, tmp_path / "a", checkpoint={"resume": "never"}))
     with pytest.raises(JobFailedError, match=r"train\.steps was 1 and is 6"):
-        workers(1)(jobs.run_training, settings(text, tmp_path / "a"))
+        workers(1)(run_training, run_settings(text, tmp_path / "a"))
     assert (tmp_path / "a" / "metrics.jsonl").read_text() == before
 
 
 def test_the_guard_ends_a_run_with_one_line(workers: Any, text: Path, tmp_path: Path) -> None:
     hard = {"spike_factor": 1.0001, "spike_window": 2, "max_skipped_steps": 2, "steps": 200}
     with pytest.raises(JobFailedError, match="2 steps in a row were skipped") as caught:
-        workers(1)(jobs.run_training, settings(text, tmp_path / "a", train=hard))
+        workers(1)(run_training, run_settings(text, tmp_path / "a", train=hard))
     assert caught.value.kind == "UserError"
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["skipped"] >= 1
@@ -71,22 +73,22 @@ def test_the_guard_ends_a_run_with_one_line(workers: Any, text: Path, tmp_path: 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_step_left_out_leaves_nothing_behind(workers: Any, zero: int) -> None:
-    given = jobs.config(parallel={"zero_stage": zero}, routing={"policy": "none", "cross_prob": 0.0})
-    *checks, norm = workers(2)(jobs.leave_out, given)[0]
+    given = config(parallel={"zero_stage": zero}, routing={"policy": "none", "cross_prob": 0.0})
+    checks, norm = workers(2)(parity.skip_update, given)[0]
     assert checks == [True, True, True, True]
-    single = jobs.config(parallel={"zero_stage": 0}, routing={"policy": "none", "cross_prob": 0.0})
-    assert norm == pytest.approx(workers(1)(jobs.leave_out, single)[0][-1], rel=1e-5)
+    single = config(parallel={"zero_stage": 0}, routing={"policy": "none", "cross_prob": 0.0})
+    assert norm == pytest.approx(workers(1)(parity.skip_update, single)[0][1], rel=1e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_host_does_not_read_the_device_while_it_launches_a_step(workers: Any, compiled: bool) -> None:
-    given = jobs.config(parallel={"zero_stage": 0}, train={"compile": compiled})
-    assert workers(1)(jobs.host_reads, given)[0] == 0
+    given = config(parallel={"zero_stage": 0}, train={"compile": compiled})
+    assert workers(1)(host_reads, given)[0] == 0
 
 
 def test_steps_before_unreadable_data_are_recorded(workers: Any) -> None:
-    settings = jobs.config(train={"steps": 6})
-    assert workers(1)(jobs.steps_before_data_fail, settings, 3 * jobs.GLOBAL_BATCH)[0] == [1, 2, 3]
+    given = config(train={"steps": 6})
+    assert workers(1)(steps_before_data_fail, given, 3 * GLOBAL_BATCH)[0] == [1, 2, 3]
 
 
 def test_sigterm_ends_after_the_step_and_what_is_saved_can_be_measured(text: Path, tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_sigterm_ends_after_the_step_and_what_is_saved_can_be_measured(text: Pat
 
     out = tmp_path / "run"
     file = tmp_path / "run.yaml"
-    given = settings(text, out, train={"steps": 100000}, eval={"every": 10**6}, parallel={"zero_stage": 0})
+    given = run_settings(text, out, train={"steps": 100000}, eval={"every": 10**6}, parallel={"zero_stage": 0})
     file.write_text(yaml.safe_dump(given))
     process = subprocess.Popen(
         [sys.executable, "-m", "skv_dist.commands.train", str(file)],

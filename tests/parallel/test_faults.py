@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import jobs
-from tests.parallel.test_parity import TOLERANCE, check, needs_compiler, one_process
+from tests.support.compare import TOLERANCE, check, needs_compiler, one_process
+from tests.support.jobs import parity
+from tests.support.settings import BASE, config
 
 # fault, processes, parallel section, recompute
 FAULTS: list[Any] = [
@@ -37,13 +38,11 @@ FAULTS: list[Any] = [
 def test_fault_is_noticed(workers: Any, fault: str, processes: int, parallel: dict[str, Any], recompute: str) -> None:
     model = {"tie_embeddings": fault.startswith("tied")}
     train = {"recompute": recompute, "compile": fault == "gradients_reduced_as_they_arrive"}
-    settings = jobs.config(parallel=parallel, train=train, model=model)
-    expected = one_process(workers, settings)
+    settings = config(parallel=parallel, train=train, model=model)
     # Without the flag's cure the gradients are wrong, and the second step fails as well: none is made.
     steps = 0 if fault == "backward_seen_flag_kept" else 3
-    if steps == 0:
-        expected = workers(1)(jobs.train, jobs.config(parallel={"zero_stage": 0}), 0)[0]
-    found = workers(processes)(jobs.train, settings, steps, fault)[0]
+    expected = one_process(workers, settings, steps)
+    found = workers(processes)(parity.train, settings, steps, fault)[0]
     with pytest.raises(AssertionError):
         check(found, expected, 5 * TOLERANCE)  # above what rounding does to a right layout
 
@@ -52,10 +51,8 @@ def test_clipping_is_what_the_configuration_says(workers: Any) -> None:
     """DeepSpeed clips at 1.0 where nothing is set."""
 
     def gradients(zero: int, fault: str | None = None) -> dict[str, np.ndarray]:
-        settings = jobs.config(
-            parallel={"zero_stage": zero}, model={"init_std": 0.3}, optimizer={"clip_grad_norm": 0.0}
-        )
-        found = workers(2)(jobs.train, settings, 0, fault, False)[0]
+        settings = config(parallel={"zero_stage": zero}, model={"init_std": 0.3}, optimizer={"clip_grad_norm": 0.0})
+        found = workers(2)(parity.train, settings, 0, fault, False)[0]
         assert found["norms"][0] > 2
         return found["gradients"]
 
@@ -68,10 +65,8 @@ def test_clipping_is_what_the_configuration_says(workers: Any) -> None:
 @pytest.mark.parametrize(("zero", "precision"), [(2, "fp32"), (1, "bf16")])
 def test_two_backwards_without_a_forward_between_them(workers: Any, zero: int, precision: str) -> None:
     """As in every pipeline's cool-down. Without the hook DeepSpeed drops the second gradient."""
-    settings = jobs.config(
-        parallel={"zero_stage": zero}, train={"precision": precision}, optimizer={"clip_grad_norm": 0.0}
-    )
-    norms = {hook: workers(2)(jobs.two_backwards, settings, hook)[0] for hook in (True, False)}
+    settings = config(parallel={"zero_stage": zero}, train={"precision": precision}, optimizer={"clip_grad_norm": 0.0})
+    norms = {hook: workers(2)(parity.two_backwards, settings, hook)[0] for hook in (True, False)}
     together, apart = norms[True]
     assert together == pytest.approx(apart, rel=1e-5 if precision == "fp32" else 1e-2)
     together, apart = norms[False]
@@ -80,11 +75,11 @@ def test_two_backwards_without_a_forward_between_them(workers: Any, zero: int, p
 
 def test_bf16_accumulates_in_fp32(workers: Any) -> None:
     """bf16 gradients of many micro-batches are as close to fp32's as those of the engine without DeepSpeed."""
-    expected = one_process(workers, jobs.BASE)
+    expected = one_process(workers, BASE)
 
     def error(parallel: dict[str, Any], processes: int) -> float:
-        settings = jobs.config(parallel=parallel, train={"precision": "bf16"})
-        found = workers(processes)(jobs.train, settings)[0]
+        settings = config(parallel=parallel, train={"precision": "bf16"})
+        found = workers(processes)(parity.train, settings)[0]
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=5e-3)
         np.testing.assert_allclose(found["norms"], expected["norms"], rtol=5e-2)
         gaps = [

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from skv_tools.convert.cli import main
 
-from tests import jobs
-from tests.tools.hf_models import LAYERS, make, save
-from tests.training.runs import settings
+from tests.support.jobs.loop import run_training
+from tests.support.settings import BASE, run_settings
+from tests.tools.convert.hf_models import LAYERS, make, save
 
 MAPS = {
     "uniform": [0, 0, 2, 2, 4, 4, 6, 6],
@@ -91,7 +91,7 @@ def test_a_trained_model_is_exported_from_any_layout(
     import yaml
 
     section = yaml.safe_load((tmp_path / "ours" / "model.yaml").read_text())["model"]
-    given = settings(
+    given = run_settings(
         text,
         tmp_path / "run",
         train={"steps": 2},
@@ -99,7 +99,7 @@ def test_a_trained_model_is_exported_from_any_layout(
         checkpoint={"init_from": str(tmp_path / "ours")},
         parallel={"tensor": tensor, "pipeline": pipeline, "zero_stage": 1},
     )
-    workers(tensor * pipeline)(jobs.run_training, {**given, "model": section})
+    workers(tensor * pipeline)(run_training, {**given, "model": section})
     trained = tmp_path / "run" / "checkpoints" / "step_00000002"
     assert call("to-hf", trained, tmp_path / "out", "--retention", 0.5) == 0
     assert "| transformers | 4 of 8 |" in capsys.readouterr().out
@@ -195,7 +195,7 @@ def test_gemma4_blocks_load_in_stock_transformers(
     call: Call, workers: Any, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trained with random routes, over a pipeline; the suffix map is stock Gemma 4's own, and no code travels."""
-    given = settings(
+    given = run_settings(
         text,
         tmp_path / "run",
         train={"steps": 2},
@@ -203,9 +203,9 @@ def test_gemma4_blocks_load_in_stock_transformers(
         model={**GEMMA4, "init_std": 0.2},
         eval={"every": 0},
     )
-    workers(4)(jobs.run_training, given)
+    workers(4)(run_training, given)
     trained, out = tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "out"
-    layers = jobs.BASE["model"]["num_layers"]
+    layers = BASE["model"]["num_layers"]
     assert call("to-hf", trained, out, "--cached-layers", 0, 1, 2) == 0
     assert f"| transformers | 3 of {layers} |" in capsys.readouterr().out
     assert not list(out.glob("*.py"))

@@ -5,17 +5,18 @@ from typing import Any
 import pytest
 import torch
 
-from tests import jobs
+from tests.support.jobs.wire import missing_source, wire
+from tests.support.settings import BASE, SEQUENCE, config
 
-HIDDEN = jobs.BASE["model"]["hidden_size"]
-ROWS_X_BATCH = jobs.SEQUENCE * 2
+HIDDEN = BASE["model"]["hidden_size"]
+ROWS_X_BATCH = SEQUENCE * 2
 FP32 = 4
 
 
 def kv_columns(tensor: int, sp: bool) -> int:
     """Columns of one layer's K and V on one rank: 2 x heads x width, folded with sequence parallelism."""
-    heads = jobs.BASE["model"]["num_kv_heads"] // tensor
-    width = HIDDEN // jobs.BASE["model"]["num_attention_heads"]
+    heads = BASE["model"]["num_kv_heads"] // tensor
+    width = HIDDEN // BASE["model"]["num_attention_heads"]
     return 2 * heads * width * (tensor if sp else 1)
 
 
@@ -35,11 +36,11 @@ def live(table: tuple[int, ...], boundary: int) -> set[int]:
     ],
 )
 def test_1f1b_sends_not_a_byte_more(workers: Any, tensor: int, sp: bool, pipeline: int, policy: str) -> None:
-    settings = jobs.config(
+    settings = config(
         parallel={"tensor": tensor, "sequence_parallel": sp, "pipeline": pipeline},
         routing={"policy": policy, "shared_layers": 3},
     )
-    found = workers(tensor * pipeline)(jobs.wire, settings)
+    found = workers(tensor * pipeline)(wire, settings)
     each, cut = kv_columns(tensor, sp), 8 // pipeline
     rows = ROWS_X_BATCH // (tensor if sp else 1)
 
@@ -61,7 +62,7 @@ def test_1f1b_sends_not_a_byte_more(workers: Any, tensor: int, sp: bool, pipelin
 
 
 def test_the_interleaved_schedule_pads_to_the_widest(workers: Any) -> None:
-    found = workers(2)(jobs.wire, jobs.config(parallel={"pipeline": 2, "virtual_pipeline": 2}))
+    found = workers(2)(wire, config(parallel={"pipeline": 2, "virtual_pipeline": 2}))
     each = kv_columns(1, False)
     counts = [len(live(table, boundary)) for table in found[0]["tables"] for boundary in (2, 4, 6)]
     widest = HIDDEN + max(counts) * each
@@ -73,20 +74,22 @@ def test_the_interleaved_schedule_pads_to_the_widest(workers: Any) -> None:
 
 def test_packing_and_unpacking_are_inverse_with_gradients() -> None:
     from skv_dist.model.attention import KV
-    from skv_dist.parallel.wire.packing import pack, unpack
+    from skv_dist.parallel.wire.packing import Packing
 
     length, batch, heads, width, hidden_size = 8, 3, 2, 4, 6
     for rows in (8, 4):
+        packing = Packing(hidden_size, heads, width, fold=length // rows)
         hidden = torch.randn(rows, batch, hidden_size, requires_grad=True)
         kv = {s: KV(*torch.randn(2, length, batch, heads, width).unbind()) for s in (1, 3, 4)}
         for pair in kv.values():
             pair.key.requires_grad_()
             pair.value.requires_grad_()
-        packed = pack(hidden, kv, (1, 4), None)
+        packed = packing.pack(hidden, kv, (1, 4))
         assert packed.shape == (rows, batch, hidden_size + 4 * heads * width * length // rows)
-        padded = pack(hidden, kv, (1, 4), packed.shape[-1] + 5)
+        assert packed.shape[-1] == packing.width(2)
+        padded = packing.pack(hidden, kv, (1, 4), packed.shape[-1] + 5)
         for tensor in (packed, padded):
-            back, live_kv = unpack(tensor, hidden_size, (1, 4), heads, width, length)
+            back, live_kv = packing.unpack(tensor, (1, 4))
             assert torch.equal(back, hidden)
             parts = (back, *(part for pair in live_kv.values() for part in (pair.key, pair.value)))
             assert all(part.is_contiguous() for part in parts)  # or a compiled layer is compiled for every width
@@ -102,5 +105,5 @@ def test_packing_and_unpacking_are_inverse_with_gradients() -> None:
 
 
 def test_a_source_that_did_not_come_is_an_error(workers: Any) -> None:
-    (message,) = workers(1)(jobs.missing_source, jobs.config(parallel={"zero_stage": 0}))
+    (message,) = workers(1)(missing_source, config(parallel={"zero_stage": 0}))
     assert message == "layer 5 reads the K/V of layer 1, which is not on this stage (layers 5..7)"

@@ -1,8 +1,8 @@
-"""Short form of ``tests/training/kill_run.py``, and of two processes of a pipeline at that."""
+"""Short form of `tests.long.kill_run`, and of two processes of a pipeline at that."""
 
 from pathlib import Path
 
-from tests.training.kill_run import killed_run
+from tests.long.kill_run import killed_run
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(text: Path, tmp_path: Path) -> None:

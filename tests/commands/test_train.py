@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import jobs
+from tests.support.settings import config
 
 
 def run(folder: Path, given: dict[str, Any], *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +25,7 @@ def run(folder: Path, given: dict[str, Any], *overrides: str) -> subprocess.Comp
 
 
 def settings(folder: Path, path: str, kind: str = "text") -> dict[str, Any]:
-    given = jobs.config()
+    given = config()
     source = {"path": str(folder / path), "format": kind}
     given["data"] = {"sequence_length": 16, "sources": [source], "cache_dir": str(folder / "cache")}
     given["train"]["output_dir"] = str(folder / "run")

@@ -1,4 +1,4 @@
-"""Settings of small runs, whole runs as processes, and what comes out of them."""
+"""Texts to train on, whole runs as processes, and what comes out of them."""
 
 import json
 import os
@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tests import jobs
-
 
 def write_text(folder: Path) -> None:
     """Forty small files to train on."""
@@ -20,21 +18,6 @@ def write_text(folder: Path) -> None:
     for number in range(40):
         words = rng.choice(["the", "cache", "of", "any", "layer", "may", "be", "cut\n"], 60)
         (folder / f"{number}.txt").write_text(" ".join(words))
-
-
-def settings(text: Path, out: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    given = jobs.config(**sections)
-    given["data"] = {
-        "sequence_length": 16,
-        "sources": [{"path": str(text / "*.txt"), "format": "text"}],
-        "validation_fraction": 0.2,
-        "cache_dir": str(text / "cache"),
-        **sections.get("data", {}),
-    }
-    given["train"] = {**given["train"], "steps": 6, "output_dir": str(out), "progress": False}
-    given["train"].update(sections.get("train", {}))
-    given["eval"] = {"every": 3, "samples": 7, "retention": [1.0, 0.5], **sections.get("eval", {})}
-    return given
 
 
 def start(file: Path, given: dict[str, Any], processes: int = 1) -> list[subprocess.Popen[str]]:

@@ -1,4 +1,4 @@
-"""Every parallel layout against one process, cell by cell: ``python -m tests.parity_matrix --out FILE``.
+"""Every parallel layout against one process, cell by cell: ``python -m tests.long.parity_matrix --out FILE``.
 
 TP x SP x PP x VPP x DP x ZeRO x recompute x routing, 720 cells. Each compares the loss and every gradient of one batch,
 and the losses, gradient norms and parameters of three optimizer steps after it, with one process (fp32, relative to the
@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from tests import jobs
-from tests.parallel.test_parity import TOLERANCE, worst
-from tests.workers import Workers
+from tests.support.compare import TOLERANCE, worst
+from tests.support.jobs import parity
+from tests.support.settings import config
+from tests.support.workers import Workers
 
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {"policy": "none"},
@@ -85,8 +86,8 @@ def main() -> int:
     def train(processes: int, parallel: dict[str, Any], recompute: str, policy: str) -> dict[str, Any]:
         # Micro-batches of one sample: four stages with chunks want at least four of them on each of two replicas.
         settings = {"recompute": recompute, "micro_batch_size": 1}
-        job = jobs.config(parallel=parallel, train=settings, routing=POLICIES[policy])
-        return workers(processes)(jobs.train, job)[0]
+        job = config(parallel=parallel, train=settings, routing=POLICIES[policy])
+        return workers(processes)(parity.train, job)[0]
 
     expected = {policy: train(1, {"zero_stage": 0}, "none", policy) for policy in POLICIES}
     bad = done = 0
@@ -94,7 +95,7 @@ def main() -> int:
         file.write(
             f"{datetime.date.today()}, Python {platform.python_version()}, {versions}, CPU. Largest relative errors; "
             f"the limit is {TOLERANCE:g} for loss, gradients and norm.\n\n"
-            f"`python -m tests.parity_matrix {' '.join(sys.argv[1:])}`\n\n"
+            f"`python -m tests.long.parity_matrix {' '.join(sys.argv[1:])}`\n\n"
             f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
         )
         for processes, parallel, recompute, policy in chosen:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests import jobs
-from tests.training.runs import start
+from tests.support.runs import start
+from tests.support.settings import config
 
 TIMEOUT_MINUTES = 1.0
 
@@ -17,7 +17,7 @@ TIMEOUT_MINUTES = 1.0
 def test_the_others_name_the_process_that_was_lost(tmp_path: Path, victim: int, how: signal.Signals) -> None:
     """Stopped, it fails no transfer of the others: they wait for it, as a GPU waits for a process that was killed."""
     (tmp_path / "text.txt").write_text("a few words\n" * 500)
-    given: dict[str, Any] = jobs.config(
+    given: dict[str, Any] = config(
         data={
             "sources": [{"path": str(tmp_path / "text.txt"), "format": "text"}],
             "cache_dir": str(tmp_path / "cache"),

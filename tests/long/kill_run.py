@@ -1,6 +1,6 @@
 """`kill -9` of all processes at random moments, inside saves too, again and again over one run.
 
-    python -m tests.training.kill_run --kills 50 --processes 2 --out FILE [section.key=value ...]
+    python -m tests.long.kill_run --kills 50 --processes 2 --out FILE [section.key=value ...]
 
 After each kill everything that is visible is whole; after the last the run goes on to its end and must be, bit by bit,
 the run that nobody disturbed: losses, weights, optimizer state. The suite does it with a few kills.
@@ -23,8 +23,9 @@ import torch
 import yaml
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.save import read_tensors, tensor_shapes
-from tests.training.runs import lines_of, losses, settings, start, write_text
+from skv_dist.checkpoint.load import read_tensors, tensor_shapes
+from tests.support.runs import lines_of, losses, start, write_text
+from tests.support.settings import run_settings
 
 STEPS_PER_KILL = 50
 SAVE_EVERY = 2
@@ -56,7 +57,7 @@ def killed_run(
     def given(name: str) -> dict[str, Any]:
         changed = {**sections, "checkpoint": {"every": SAVE_EVERY, **sections.get("checkpoint", {})}}
         changed["train"] = {"steps": steps, "tensorboard": False, **sections.get("train", {})}
-        return settings(text, folder / name, **{"eval": {"every": 0}, **changed})
+        return run_settings(text, folder / name, **{"eval": {"every": 0}, **changed})
 
     _finish(start(folder / "whole.yaml", given("whole"), processes))
     out = folder / "killed"

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.save import read_tensors, tensor_shapes
+from skv_dist.checkpoint.load import read_tensors, tensor_shapes
 from skv_dist.errors import UserError
-from tests import jobs
-from tests.training.runs import losses, settings
-from tests.workers import JobFailedError
+from tests.support.jobs.checkpoint import read_and_write, run_on_a_full_disk
+from tests.support.jobs.loop import run_and_print, run_training
+from tests.support.runs import losses
+from tests.support.settings import run_settings
+from tests.support.workers import JobFailedError
 
 HALF, END = 3, 6
 
@@ -35,8 +37,8 @@ def whole_run(workers: Any, text: Path, out: Path, parallel: dict[str, Any], **s
     """Six steps without interruption, with checkpoints at three and six."""
     checkpoint = {"every": HALF, "keep_last": None, **sections.pop("checkpoint", {})}
     keys = {key: value for key, value in parallel.items() if key != "replicas"}
-    given = settings(text, out, parallel=keys, checkpoint=checkpoint, **sections)
-    lines = workers(processes(parallel))(jobs.run_training, given)[0]
+    given = run_settings(text, out, parallel=keys, checkpoint=checkpoint, **sections)
+    lines = workers(processes(parallel))(run_training, given)[0]
     return [{k: v for k, v in line.items() if not k.startswith("checkpoint/")} for line in lines]
 
 
@@ -132,15 +134,15 @@ def test_resuming_on_another_layout(
 
     halfway = files.folder_of(before / "checkpoints", HALF)
     keys = {key: value for key, value in parallel.items() if key != "replicas"}
-    given = settings(text, tmp_path, parallel=keys, **sections)
-    workers(processes(parallel))(jobs.read_and_write, given, str(halfway), str(tmp_path / "again"))
+    given = run_settings(text, tmp_path, parallel=keys, **sections)
+    workers(processes(parallel))(read_and_write, given, str(halfway), str(tmp_path / "again"))
     equal(files.folder_of(tmp_path / "again", 1), halfway)
 
 
 def test_sizes_that_the_replicas_do_not_divide(workers: Any, text: Path, finished: Path, tmp_path: Path) -> None:
     source = files.folder_of(finished / "checkpoints", END)
-    given = settings(text, tmp_path, parallel={"zero_stage": 3}, train={"global_batch_size": 6})
-    workers(3)(jobs.read_and_write, given, str(source), str(tmp_path / "again"))
+    given = run_settings(text, tmp_path, parallel={"zero_stage": 3}, train={"global_batch_size": 6})
+    workers(3)(read_and_write, given, str(source), str(tmp_path / "again"))
     equal(files.folder_of(tmp_path / "again", 1), source)
 
 
@@ -217,8 +219,8 @@ def test_auto_passes_over_a_damaged_checkpoint_and_a_path_does_not(
     (out / "checkpoints" / ".step_00000009.writing").mkdir()
     parallel = layout(replicas=2, zero_stage=1)
     keep = {"every": HALF, "keep_last": None}
-    given = settings(text, out, parallel={"zero_stage": 1}, checkpoint=keep)
-    lines, printed = workers(2)(jobs.run_and_print, given)[0]
+    given = run_settings(text, out, parallel={"zero_stage": 1}, checkpoint=keep)
+    lines, printed = workers(2)(run_and_print, given)[0]
     assert f"checkpoint {broken} is damaged: state.json has 2 bytes" in printed
     assert "resumed from" in printed
     assert [line["step"] for line in lines] == list(range(1, END + 1))
@@ -263,8 +265,8 @@ def test_weights_alone_start_a_new_run(workers: Any, text: Path, finished: Path,
 
 
 def test_a_full_disk_does_not_end_the_run(workers: Any, text: Path, tmp_path: Path) -> None:
-    given = settings(text, tmp_path / "run", checkpoint={"every": HALF, "keep_last": None})
-    lines, printed = workers(1)(jobs.run_on_a_full_disk, given, END)[0]
+    given = run_settings(text, tmp_path / "run", checkpoint={"every": HALF, "keep_last": None})
+    lines, printed = workers(1)(run_on_a_full_disk, given, END)[0]
     assert len(lines) == END
     assert "could not be written (No space left on device); going on without" in printed
     root = tmp_path / "run" / "checkpoints"

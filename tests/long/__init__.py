@@ -1,0 +1,1 @@
+"""What runs long: ``python -m pytest tests/long``. The ordinary ``pytest`` leaves this folder out."""

@@ -1,0 +1,1 @@
+"""What tests run inside worker processes, by theme."""
