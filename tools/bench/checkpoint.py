@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.load import load_config
 from skv_dist.config.run import derive
-from skv_dist.errors import UserError, command
+from skv_dist.errors import UserError
+
+from .shapes import with_vocabulary
 
 _HEADER = "| | seconds | GB/s | resident before (GiB) | peak (GiB) | more (GiB) |\n|---|---|---|---|---|---|"
 
@@ -94,7 +97,7 @@ def _read_plainly(file: Path, chunk_bytes: int) -> None:
             pass
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -107,28 +110,30 @@ def main(argv: list[str]) -> int:
         raise UserError("memory is read from /proc: this benchmark runs on Linux only")
     if arguments.dir.exists() and int(os.environ.get("RANK", "0")) == 0:
         raise UserError(f"{arguments.dir} exists already: name a folder to create")
-    run = load_config(arguments.config, arguments.overrides)
+    run = with_vocabulary(load_config(arguments.config, arguments.overrides))
+
+    import torch
 
     from skv_dist.checkpoint import folder as files
-    from skv_dist.checkpoint.save import Saver, load, verify_everywhere
-    from skv_dist.data.tokenizer import load_tokenizer
+    from skv_dist.checkpoint.load import load_checkpoint, verify_everywhere
+    from skv_dist.checkpoint.save import Saver
     from skv_dist.parallel.engines.base import MOMENTS
     from skv_dist.parallel.engines.create import create_engine
+    from skv_dist.parallel.local_model import partitioned_shape
     from skv_dist.parallel.processes import groups
 
     from .machine import heading, layout
 
     derived = derive(run, groups.world_size_from_environment())
-    vocab_size = run.model.vocab_size or load_tokenizer(run.data.tokenizer).vocab_size
     world = groups.start(run.parallel)
-    engine = create_engine(run, vocab_size, world.device)
+    engine = create_engine(run, world.device)
     engine.prepare_moments()
-    for master in engine._masters():
+    for _, parameter in engine.model.named():
         for moment in MOMENTS:
-            engine.optimizer.state[master][moment].normal_()
+            engine.write(parameter, moment, torch.randn(partitioned_shape(parameter)))
     arguments.dir.mkdir(exist_ok=True, parents=True)
     root = arguments.dir / "checkpoints"
-    saver = Saver(engine, run, vocab_size, root)
+    saver = Saver(engine, run, root)
     folder = files.folder_of(root, 1)
     rows = [
         _measure("standing still for a save", lambda: saver.save(1, {"step": 1, "tokenizer": "", "guard": {}})),
@@ -145,7 +150,7 @@ def main(argv: list[str]) -> int:
     rows.append(_measure("checking size and SHA-256", lambda: verify_everywhere(folder)))
     if world.is_first:
         _drop_from_cache(folder.iterdir())
-    rows.append(_measure("loading", lambda: load(engine, run, vocab_size, folder, weights_only=False)))
+    rows.append(_measure("loading", lambda: load_checkpoint(engine, run, folder, weights_only=False)))
     saver.close()
     engine.close()
     if world.is_first:

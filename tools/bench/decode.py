@@ -37,13 +37,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.model import ModelConfig
-from skv_dist.errors import UserError, command
+from skv_dist.errors import UserError
 from skv_dist.versions import package_versions
 
 from ..engines.models.modeling_skv import SkvConfig, SkvForCausalLM
+from ..vocabulary import vocab_size
 from .machine import heading, synchronize
-from .shapes import SHAPES, read_shape, vocabulary
+from .shapes import SHAPES, read_shape
 
 GROUPS = (1, 2, 4, 8)
 WARM_TOKENS = 4  # decoded before the clock starts
@@ -151,7 +153,7 @@ def build_group(shape: ModelConfig, full: SkvForCausalLM, group: int) -> SkvForC
 def _config(shape: ModelConfig, group: int) -> SkvConfig:
     layers = shape.num_layers
     return SkvConfig(
-        vocab_size=vocabulary(shape),
+        vocab_size=vocab_size(shape),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.ffn_hidden_size,
         num_hidden_layers=layers,
@@ -356,7 +358,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     """All cells, each written as soon as it is known."""
     ends = time.monotonic() + 60 * arguments.minutes
     shape = read_shape(arguments.shape)
-    bench = Bench(device, vocabulary(shape), arguments.tokens, arguments.attention, arguments.whole_model)
+    bench = Bench(device, vocab_size(shape), arguments.tokens, arguments.attention, arguments.whole_model)
     modes = [mode for mode in ("eager", "compiled") if getattr(arguments, mode)] or ["eager", "compiled"]
     torch._dynamo.config.recompile_limit = 64
     AttentionInterface.register("grouped", grouped_attention)
@@ -382,7 +384,7 @@ def _write(file: Any, text: str) -> None:
     print(text, end="", flush=True)
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.tokens < CHUNK or arguments.tokens % CHUNK:

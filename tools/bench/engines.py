@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 from skv_dist.checkpoint.frozen_model import config_of
-from skv_dist.errors import UserError, command
+from skv_dist.commands.entry_point import entry_point
+from skv_dist.errors import UserError
 from skv_dist.routing import map_from_cached_layers, map_from_retention
 from skv_dist.versions import software
 
@@ -360,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     engines = [_find(name, python) for name in _PACKAGES for python in getattr(arguments, name.replace("-", "_"))]

@@ -30,13 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.model import ModelConfig
-from skv_dist.errors import UserError, command
+from skv_dist.errors import UserError
 from skv_dist.training.throughput import flops_per_token, peak_flops
 from skv_dist.versions import package_versions
 
+from ..vocabulary import vocab_size
 from .machine import device_name, synchronize
-from .shapes import SHAPES, read_shape, run_config, vocabulary
+from .shapes import SHAPES, read_shape, run_config
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MASTERS = {
@@ -114,7 +116,7 @@ def _transformers(shape: ModelConfig, arguments: argparse.Namespace, device: tor
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     fields = {
-        "vocab_size": vocabulary(shape),
+        "vocab_size": vocab_size(shape),
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_hidden_size,
         "num_hidden_layers": shape.num_layers,
@@ -172,7 +174,7 @@ def _megatron(shape: ModelConfig, arguments: argparse.Namespace, device: torch.d
     model = GPTModel(
         config=_megatron_config(shape, arguments.compile != "none"),
         transformer_layer_spec=_megatron_spec(shape),
-        vocab_size=vocabulary(shape),
+        vocab_size=vocab_size(shape),
         max_sequence_length=arguments.sequence_length,
         parallel_output=True,
         share_embeddings_and_output_weights=shape.tie_embeddings,
@@ -264,7 +266,7 @@ def _torchtitan(shape: ModelConfig, arguments: argparse.Namespace, device: torch
         n_kv_heads=shape.num_kv_heads,
         head_dim=shape.kv_channels,
         hidden_dim=shape.ffn_hidden_size,
-        vocab_size=vocabulary(shape),
+        vocab_size=vocab_size(shape),
         norm_eps=shape.norm_eps,
         rope_theta=shape.rope_theta,
         qk_norm=shape.qk_norm,
@@ -324,7 +326,7 @@ def _batches(vocab_size: int, arguments: argparse.Namespace, device: torch.devic
 def _train(peer: Peer, shape: ModelConfig, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Warm up, then time each step."""
     optimizer = Optimizer(peer.parameters, arguments.masters == "copies", arguments.clip)
-    batches = _batches(vocabulary(shape), arguments, device)
+    batches = _batches(vocab_size(shape), arguments, device)
     autocast = arguments.masters == "autocast"
     seconds, losses = [], []
     for step in range(arguments.warmup + arguments.steps):
@@ -356,7 +358,7 @@ def _summary(
     tokens = batch_size * arguments.sequence_length
     batch = {"global_batch_size": batch_size, "micro_batch_size": arguments.micro_batch}
     run = run_config(shape, arguments.sequence_length, {"steps": arguments.steps, **batch})
-    rate = flops_per_token(run.model, vocabulary(shape), run.data.sequence_length) * tokens / median
+    rate = flops_per_token(run) * tokens / median
     peak = peak_flops(device)
     return {
         "tokens_per_second": tokens / median,
@@ -446,7 +448,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.ceiling == (arguments.peer is not None):

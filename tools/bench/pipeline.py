@@ -13,9 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.load import load_config
 from skv_dist.config.run import RunConfig, derive
-from skv_dist.errors import UserError, command
+from skv_dist.errors import UserError
+
+from .shapes import with_vocabulary
 
 VARIANTS = {
     "dense": ["routing.policy=none"],
@@ -24,7 +27,7 @@ VARIANTS = {
 }
 
 
-def _batches(run: RunConfig, world: Any, count: int, vocab_size: int) -> list[Any]:
+def _batches(run: RunConfig, world: Any, count: int) -> list[Any]:
     import torch
 
     from skv_dist.data.batches import MicroBatch
@@ -33,13 +36,13 @@ def _batches(run: RunConfig, world: Any, count: int, vocab_size: int) -> list[An
     generator = torch.Generator().manual_seed(world.data_rank)
     batches = []
     for local in range(count):
-        tokens = torch.randint(0, vocab_size, shape, generator=generator)
+        tokens = torch.randint(0, run.vocab_size, shape, generator=generator)
         index = local * world.data_size + world.data_rank
         batches.append(MicroBatch(index, tokens, tokens.roll(-1, 1), torch.ones(shape), None).to(world.device))
     return batches
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -48,7 +51,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each run, taking turns (default: 15)")
     arguments = parser.parse_intermixed_args(argv)
-    runs = {name: load_config(arguments.config, [*arguments.overrides, *keys]) for name, keys in VARIANTS.items()}
+    runs = {
+        name: with_vocabulary(load_config(arguments.config, [*arguments.overrides, *keys]))
+        for name, keys in VARIANTS.items()
+    }
     first = runs["dense"]
     if first.parallel.pipeline < 2:
         raise UserError("parallel.pipeline must be at least 2: there is no wire otherwise")
@@ -56,20 +62,18 @@ def main(argv: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
-    from skv_dist.data.tokenizer import load_tokenizer
     from skv_dist.parallel.engines.create import create_engine
     from skv_dist.parallel.processes import groups
-    from skv_dist.parallel.run_batch import count_tokens, run_batch
+    from skv_dist.parallel.run_batch import count_predictions, run_batch
     from skv_dist.routing.draw import DrawKey
 
     from .machine import heading, layout, synchronize
 
     derived = derive(first, groups.world_size_from_environment())
-    vocab_size = first.model.vocab_size or load_tokenizer(first.data.tokenizer).vocab_size
     world = groups.start(first.parallel)
-    engines = {name: create_engine(run, vocab_size, world.device) for name, run in runs.items()}
-    batches = _batches(first, world, derived.num_micro_batches, vocab_size)
-    tokens = count_tokens(batches)
+    engines = {name: create_engine(run, world.device) for name, run in runs.items()}
+    batches = _batches(first, world, derived.num_micro_batches)
+    num_predictions = count_predictions(batches)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     wire_bytes = dict.fromkeys(runs, 0)  # sent by this rank
     for turn in range(arguments.rounds + 2):  # the first two warm up
@@ -78,7 +82,7 @@ def main(argv: list[str]) -> int:
             plans = [policy.plan(DrawKey(run.train.seed, turn, batch.index)) for batch in batches]
             dist.barrier()
             began = time.perf_counter()
-            outcome = run_batch(engines[name], run, batches, plans, tokens=tokens, train=True)
+            outcome = run_batch(engines[name], run, batches, plans, num_predictions=num_predictions, train=True)
             engines[name].step()
             synchronize(world.device)
             dist.barrier()

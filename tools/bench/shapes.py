@@ -48,12 +48,6 @@ def read_shape(name: str) -> ModelConfig:
     return ModelConfig.model_validate({**section, **changes})
 
 
-def vocabulary(shape: ModelConfig) -> int:
-    """The size of the vocabulary, which all of `SHAPES` give."""
-    assert shape.vocab_size is not None
-    return shape.vocab_size
-
-
 def run_config(
     shape: ModelConfig, sequence_length: int, train: Mapping[str, Any], policy: str = "none", zero_stage: int = 0
 ) -> RunConfig:
@@ -78,6 +72,13 @@ def run_config(
             "eval": {"every": 0},
         }
     )
+
+
+def with_vocabulary(run: RunConfig) -> RunConfig:
+    """The complete configuration. The tokenizer is asked only where the shape does not give the size."""
+    from skv_dist.data.tokenizer import load_tokenizer
+
+    return run if run.model.vocab_size else run.for_vocabulary(load_tokenizer(run.data.tokenizer).vocab_size)
 
 
 def _folder() -> Path:

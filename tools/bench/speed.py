@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from skv_dist.errors import command
+from skv_dist.commands.entry_point import entry_point
 
 from .shapes import SHAPES, read_shape
 
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     read_shape(arguments.shape)  # refused here, not in each trainer's process

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.run import RunConfig, derive
 from skv_dist.data.packing import Sample
-from skv_dist.errors import UserError, command
+from skv_dist.errors import UserError
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.engines.create import create_engine
 from skv_dist.parallel.processes import groups
@@ -33,7 +34,7 @@ from skv_dist.training.trainer import Trainer
 from skv_dist.versions import software
 
 from .machine import device_name
-from .shapes import SHAPES, read_shape, run_config, vocabulary
+from .shapes import SHAPES, read_shape, run_config
 
 # Groups of kernels by a part of their names; the first that fits. Inductor names its kernels after what it fused.
 _KERNEL_GROUPS = {
@@ -137,14 +138,13 @@ def _config(arguments: argparse.Namespace, policy: str, replicas: int) -> RunCon
 
 def _measure(engine: Engine, run: RunConfig, world: World, warmup: int, profile: bool) -> _Watch:
     derived = derive(run, world.size)
-    vocab_size = vocabulary(run.model)
     watch = _Watch(warmup, profile)
-    samples = _Random(vocab_size, run.data.sequence_length)
-    Trainer(run, derived, world, engine, vocab_size, samples, [watch]).fit()
+    samples = _Random(run.vocab_size, run.data.sequence_length)
+    Trainer(run, derived, world, engine, samples).fit([watch])
     return watch
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -170,8 +170,7 @@ def main(argv: list[str]) -> int:
     runs = {policy: _config(arguments, policy, replicas) for policy in arguments.routing}
     first = runs[arguments.routing[0]]
     world = groups.start(first.parallel)
-    vocab_size = vocabulary(first.model)
-    engine = create_engine(first, vocab_size, world.device)
+    engine = create_engine(first, world.device)
     watches_of: dict[str, list[_Watch]] = {policy: [] for policy in runs}
     compiled = 0
     for turn in range(arguments.rounds + 1):  # the first compiles
@@ -182,7 +181,7 @@ def main(argv: list[str]) -> int:
         for policy, run in runs.items():
             last = turn == arguments.rounds and arguments.profile and world.device.type == "cuda"
             watches_of[policy].append(_measure(engine, run, world, arguments.warmup, last))
-    flops = flops_per_token(first.model, vocab_size, first.data.sequence_length)
+    flops = flops_per_token(first)
     peak = peak_flops(world.device)
     report: dict[str, Any] = {
         "trainer": "skv-dist",

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.errors import UserError, command
+from skv_dist.commands.entry_point import entry_point
+from skv_dist.errors import UserError
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     arguments.action(arguments)

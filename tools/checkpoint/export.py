@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.save import read_tensors, tensor_shapes
+from skv_dist.checkpoint.load import read_tensors, tensor_shapes
 from skv_dist.files import new_folder
 
 from ..weights import write_weights

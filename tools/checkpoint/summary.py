@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.save import tensor_shapes
+from skv_dist.checkpoint.load import tensor_shapes
 
 
 def summary(checkpoint: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
 
-from .completed import vocab_size
+from ..vocabulary import vocab_size
 
 Map = tuple[int, ...]
 Shape = tuple[int, ...]

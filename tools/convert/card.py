@@ -7,9 +7,9 @@ from typing import Any
 
 from skv_dist import __version__
 from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.frozen_model import config_of
 
 from .blocks import BLOCKS
-from .completed import completed_config
 from .findings import Finding, table
 from .hf_config import OUR_MODEL_TYPE
 from .hf_folder import read_json
@@ -31,7 +31,7 @@ def model_card(checkpoint: Path, name: str, config: dict[str, Any], export: Expo
         name: of the exported folder.
         config: its ``config.json``.
     """
-    step, block = int(files.read_state(checkpoint)["step"]), completed_config(checkpoint).model.block
+    step, block = int(files.read_state(checkpoint)["step"]), config_of(checkpoint).model.block
     lines = ["---", "library_name: transformers", "tags: [kv-cache-sharing, skv-dist]", "---", "", f"# {name}", ""]
     lines += [_summary(config, export), ""]
     lines += [

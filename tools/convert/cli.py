@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from skv_dist.errors import UserError, command
+from skv_dist.commands.entry_point import entry_point
+from skv_dist.errors import UserError
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
@@ -143,7 +144,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="length of the text compared on (default: 64)")
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     return int(arguments.action(arguments))

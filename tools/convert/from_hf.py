@@ -20,7 +20,7 @@ from skv_dist.data.tokenizer import Tokenizer, load_tokenizer
 from skv_dist.errors import UserError
 from skv_dist.files import new_folder
 
-from .completed import vocab_size
+from ..vocabulary import vocab_size
 from .hf_config import model_section
 from .hf_folder import HuggingFaceFolder
 from .names import Entry, entries, fuse

@@ -12,8 +12,8 @@ import torch
 
 from skv_dist.config.model import ModelConfig
 
+from ..vocabulary import vocab_size
 from .blocks import BLOCKS, Constant, Shape
-from .completed import vocab_size
 
 
 class Fusion(StrEnum):

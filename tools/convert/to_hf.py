@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.save import read_tensors, tensor_shapes
+from skv_dist.checkpoint.frozen_model import config_of
+from skv_dist.checkpoint.load import read_tensors, tensor_shapes
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
 
 from ..engines import models
 from ..weights import write_weights
 from .blocks import BLOCKS, Map
-from .completed import completed_config
 from .hf_config import (
     CODE,
     OUR_MODEL_TYPE,
@@ -69,7 +69,7 @@ def write_folder(checkpoint: Path, out: Path, export: Export) -> None:
         UserError: the checkpoint is damaged, or cannot be expressed.
     """
     files.verify(checkpoint)
-    run = completed_config(checkpoint)
+    run = config_of(checkpoint)
     model = run.model
     check_exportable(model)
     dtype = export.dtype or {"bf16": "bfloat16", "fp32": "float32"}[run.train.precision]

@@ -14,7 +14,7 @@ from skv_tools.bench.shapes import SHAPES, read_shape
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
 
-CHECKOUT = Path(__file__).parents[2]
+CHECKOUT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("name", SHAPES)
