@@ -128,15 +128,16 @@ def test_the_exported_model_is_the_checkpoint_under_its_map(
     wrong[-1] = sorted(set(wrong))[0] if wrong[-1] else sorted(set(wrong))[-1]
     (out / "config.json").write_text(json.dumps({**config, "kv_source_layers": wrong}))
     # The runner is told another map than the one the reference gets.
-    from skv_tools.convert import verify as verification
-
-    tokens = verification._tokens(out, verification.TEXT, 32)
-    right = verification._reference(checkpoint, tokens, {tuple(MAPS[name])}, torch.float32)[tuple(MAPS[name])]
     import numpy as np
+    from skv_tools.convert.reference import TEXT, comparison_tokens, reference_log_probs
+    from skv_tools.convert.run_engine import run_engine
+    from skv_tools.convert.verify import largest_difference
 
+    tokens, sources = comparison_tokens(out, TEXT, 32), tuple(MAPS[name])
+    right = reference_log_probs(checkpoint, tokens, {sources}, torch.float32)[sources]
     np.save(tmp_path / "tokens.npy", tokens)
-    found = verification._run(engine, sys.executable, out, tmp_path / "tokens.npy", tmp_path / "found.npz")
-    assert verification._apart(found["prefill"], right) > 0.1
+    measured = run_engine(engine, sys.executable, out, tmp_path / "tokens.npy", tmp_path / "measured.npz")
+    assert largest_difference(measured["prefill"], right) > 0.1
 
 
 def test_loading_generating_and_an_adaptive_folder(call: Call, checkpoint: Path, tmp_path: Path) -> None:
