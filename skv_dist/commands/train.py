@@ -56,14 +56,13 @@ def train(run: RunConfig) -> None:
     Raises:
         UserError: whatever the user can mend.
     """
-    from skv_dist.parallel.processes import groups
-
-    derived = derive(run, groups.world_size_from_environment())
-    # What can be told without the other processes is told before they meet.
     from skv_dist.data.tokenizer import load_tokenizer
     from skv_dist.model.megatron_config import check_device, transformer_impl
+    from skv_dist.parallel.processes import groups
     from skv_dist.parallel.processes.heartbeat import naming_lost_peers
 
+    # What can be told without the other processes is told before they meet.
+    derived = derive(run, groups.world_size_from_environment())
     check_device(run)
     transformer_impl(run)
     tokenizer = load_tokenizer(run.data.tokenizer)

@@ -62,8 +62,9 @@ def check_device(run: RunConfig) -> None:
     """
     if torch.cuda.is_available() and run.data.reset_attention and run.model.attention_dropout:
         raise UserError(
-            f"data.reset_attention: true and model.attention_dropout {run.model.attention_dropout} do not work together "
-            "on a GPU, whose kernel for attention within documents knows no dropout: set model.attention_dropout=0"
+            f"data.reset_attention: true and model.attention_dropout {run.model.attention_dropout} do not work "
+            "together on a GPU, whose kernel for attention within documents knows no dropout: set "
+            "model.attention_dropout=0"
         )
 
 
