@@ -11,13 +11,13 @@ _TRAINING = ("torch", "megatron-core", "deepspeed")
 
 def package_versions(names: Sequence[str] = _TRAINING) -> str:
     """``torch 2.13.0, megatron-core 0.16.1, ...``; packages that are not installed are left out."""
-    found = []
+    versions = []
     for name in names:
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join(found)
+    return ", ".join(versions)
 
 
 def software() -> str:

@@ -27,32 +27,32 @@ def write_weights(
         shard_bytes: a file is no larger, unless one tensor is.
         tensors: name and tensor in the order of ``shapes``; one is in memory at a time.
     """
-    size = DTYPES[dtype].itemsize
-    shards = list(_shards(shapes, shard_bytes // size))
-    coming = iter(tensors)
+    item_bytes = DTYPES[dtype].itemsize
+    shards = list(_shards(shapes, shard_bytes // item_bytes))
+    remaining = iter(tensors)
     places = {}
     for number, shard in enumerate(shards):
         file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard, dtype, islice(coming, len(shard)))
+        _write_file(folder / file, shard, dtype, islice(remaining, len(shard)))
         places.update(dict.fromkeys(shard, file))
-    assert next(coming, None) is None
+    assert next(remaining, None) is None
     if len(shards) > 1:
-        total = size * sum(math.prod(shape) for shape in shapes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        num_bytes = item_bytes * sum(math.prod(shape) for shape in shapes.values())
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     return len(shards)
 
 
-def _shards(shapes: Shapes, most: int) -> Iterator[dict[str, tuple[int, ...]]]:
-    """``shapes`` cut into runs of at most ``most`` elements each."""
+def _shards(shapes: Shapes, max_elements: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    """``shapes`` cut into runs of at most ``max_elements`` each, or of one tensor."""
     shard: dict[str, tuple[int, ...]] = {}
-    held = 0
+    num_elements = 0
     for name, shape in shapes.items():
-        if shard and held + math.prod(shape) > most:
+        if shard and num_elements + math.prod(shape) > max_elements:
             yield shard
-            shard, held = {}, 0
+            shard, num_elements = {}, 0
         shard[name] = shape
-        held += math.prod(shape)
+        num_elements += math.prod(shape)
     yield shard
 
 

@@ -1,1 +1,1 @@
-"""Checkpoint folders: written aside and published whole, verified before they are read, loaded into any layout."""
+"""Checkpoint folders: published whole, verified before they are read, loaded into any layout."""

@@ -1,8 +1,8 @@
-"""Checkpoint folders: complete or invisible, checked before they are read. Pure Python.
+"""Checkpoint folders: complete or invisible, checked before they are read. Nothing here needs torch.
 
 ``checkpoints/step_00000100/`` holds DCP's ``.metadata`` and ``__RANK_N.distcp`` (tensors), ``metadata.json``
 (Megatron's mark of the format), ``state.json`` (the rest of the run's state), ``config.yaml``, and ``manifest.json``:
-size and SHA-256 of every other file. A folder is written aside and renamed once all of it is on disk;
+size and SHA-256 of every other file. A folder is written under a hidden name and renamed once all of it is on disk;
 ``checkpoints/latest`` names the newest.
 
 Trust: whoever can write a checkpoint can choose what a run computes, but not what it executes. The manifest finds
@@ -15,11 +15,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from skv_dist.config.load import load_config
+from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
+from skv_dist.files import WRITING, replace_text, sync_folder, unfinished_path, write_synced
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -33,23 +36,18 @@ _MEGATRON = {
     "common_backend_version": 1,
 }
 _NAME = re.compile(r"step_(\d{8})")
-_ASIDE, _DELETED = ".writing", ".deleting"
+_DELETING = ".deleting"
 
 
 def folder_of(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def aside_of(folder: Path) -> Path:
-    """Where ``folder`` is written before it appears."""
-    return folder.with_name(f".{folder.name}{_ASIDE}")
-
-
 def step_of(folder: Path) -> int:
-    found = _NAME.fullmatch(folder.name)
-    if found is None:
+    match = _NAME.fullmatch(folder.name)
+    if match is None:
         raise UserError(f"{folder} is not a checkpoint: its name is not like step_00000100")
-    return int(found[1])
+    return int(match[1])
 
 
 def existing(root: Path) -> list[Path]:
@@ -63,30 +61,15 @@ def clean(root: Path) -> None:
     """Remove what a killed process left half written or half deleted."""
     if root.is_dir():
         for path in root.iterdir():
-            if path.name.startswith(".") and path.name.endswith((_ASIDE, _DELETED)):
+            if path.name.startswith(".") and path.name.endswith((WRITING, _DELETING)):
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def digest(file: Path) -> dict[str, Any]:
     """Entry of a file in the manifest."""
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256")
-    return {"bytes": file.stat().st_size, "sha256": found.hexdigest()}
-
-
-def write_synced(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        content = hashlib.file_digest(stream, "sha256")
+    return {"bytes": file.stat().st_size, "sha256": content.hexdigest()}
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -98,43 +81,40 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 def seal(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, the last file of a checkpoint."""
     write_synced(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def publish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make what lies aside for ``folder`` visible: manifest, rename, ``latest`` last."""
-    aside = aside_of(folder)
-    seal(aside, manifest)
+    """Make the unfinished form of ``folder`` visible: manifest, rename, ``latest`` last."""
+    unfinished = unfinished_path(folder)
+    seal(unfinished, manifest)
     if folder.exists():  # a damaged one of the same step, passed over at resume
         _delete(folder)
-    os.rename(aside, folder)
-    _sync_folder(folder.parent)
-    pointer = folder.parent / f".{LATEST}{_ASIDE}"
-    write_synced(pointer, folder.name + "\n")
-    os.replace(pointer, folder.parent / LATEST)
-    _sync_folder(folder.parent)
+    os.rename(unfinished, folder)
+    sync_folder(folder.parent)
+    replace_text(folder.parent / LATEST, folder.name + "\n")
 
 
 def _delete(folder: Path) -> None:
-    hidden = folder.with_name(f".{folder.name}{_DELETED}")
+    hidden = folder.with_name(f".{folder.name}{_DELETING}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(folder, hidden)  # at once: a reader sees all of it or nothing
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[Path]:
-    """Delete all but the newest ``keep_last`` and those whose step ``keep_every`` divides; what was deleted.
+    """Delete all but the newest ``keep_last`` and those whose step ``keep_every`` divides; return the deleted folders.
 
     ``keep_last`` None keeps everything.
     """
     if keep_last is None:
         return []
-    gone = []
+    deleted = []
     for folder in existing(root)[keep_last:]:
         if keep_every is None or step_of(folder) % keep_every:
             _delete(folder)
-            gone.append(folder)
-    return gone
+            deleted.append(folder)
+    return deleted
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -181,22 +161,19 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {folder} is damaged: {STATE} cannot be read") from error
 
 
-def truncate_metrics(file: Path, step: int) -> None:
-    """Drop the lines of steps after ``step``, and a last line that was cut off."""
-    if not file.exists():
-        return
-    kept: list[str] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError, TypeError):
-            break
-        kept.append(line)
-    _replace(file, kept)
+def read_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """``config.yaml``, complete: with the vocabulary that the run had.
 
-
-def _replace(file: Path, lines: Iterable[str]) -> None:
-    aside = file.with_name(f".{file.name}{_ASIDE}")
-    write_synced(aside, "".join(f"{line}\n" for line in lines))
-    os.replace(aside, file)
+    Raises:
+        UserError: the file, or ``state.json``, cannot be read, or an override asks for another vocabulary.
+    """
+    run = load_config(folder / CONFIG, overrides)
+    vocab_size = read_state(folder).get("vocab_size")
+    if not isinstance(vocab_size, int):
+        raise UserError(f"checkpoint {folder} is damaged: {STATE} does not say its vocab_size")
+    if run.model.vocab_size not in (None, vocab_size):
+        raise UserError(
+            f"model.vocab_size {run.model.vocab_size} is not that of checkpoint {folder}, which has {vocab_size} "
+            "tokens: leave model.vocab_size out"
+        )
+    return run.for_vocabulary(vocab_size)

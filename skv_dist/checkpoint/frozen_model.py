@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.save import load, verify_everywhere
-from skv_dist.config.load import load_config
+from skv_dist.checkpoint.load import load_checkpoint, verify_everywhere
 from skv_dist.config.run import RunConfig
 from skv_dist.parallel.engines.frozen import FrozenEngine
 from skv_dist.parallel.processes.groups import World
@@ -23,23 +22,22 @@ _ONE_PROCESS = [
 
 
 def config_of(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a checkpoint, laid out over one process unless ``overrides`` say otherwise.
+    """The complete configuration of a checkpoint, laid out over one process unless ``overrides`` say otherwise.
 
     Raises:
         UserError: ``folder`` is no checkpoint.
     """
     files.read_manifest(folder)
-    return load_config(folder / files.CONFIG, [*_ONE_PROCESS, *overrides])
+    return files.read_config(folder, [*_ONE_PROCESS, *overrides])
 
 
 def frozen_model(run: RunConfig, folder: Path, world: World) -> FrozenEngine:
-    """Its weights in ``run``'s layout, for forwards only. Collective.
+    """The weights of a checkpoint in ``run``'s layout, for forwards only. Collective.
 
     Raises:
         UserError: the checkpoint is damaged or does not fit ``run``.
     """
-    vocab_size = int(files.read_state(folder)["vocab_size"])
-    engine = FrozenEngine(run, vocab_size, world.device)
+    engine = FrozenEngine(run, world.device)
     verify_everywhere(folder)
-    load(engine, run, vocab_size, folder, weights_only=True)
+    load_checkpoint(engine, run, folder, weights_only=True)
     return engine

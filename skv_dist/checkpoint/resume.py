@@ -7,8 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.save import verify_everywhere
-from skv_dist.config.load import load_config
+from skv_dist.checkpoint.load import verify_everywhere
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 
@@ -35,9 +34,9 @@ def _flat(values: Any, name: str) -> Iterator[tuple[str, Any]]:
 def _bound(run: RunConfig) -> dict[str, Any]:
     """Keys that make a run what it is."""
     values = run.model_dump(mode="json")
-    found = {key: value for section in _BOUND_SECTIONS for key, value in _flat(values[section], section)}
-    found.update({f"train.{key}": values["train"][key] for key in _BOUND_TRAIN})
-    return {key: value for key, value in found.items() if key not in _FREE}
+    bound = {key: value for section in _BOUND_SECTIONS for key, value in _flat(values[section], section)}
+    bound.update({f"train.{key}": values["train"][key] for key in _BOUND_TRAIN})
+    return {key: value for key, value in bound.items() if key not in _FREE}
 
 
 def check_same_run(run: RunConfig, folder: Path, fingerprint: str) -> None:
@@ -46,7 +45,7 @@ def check_same_run(run: RunConfig, folder: Path, fingerprint: str) -> None:
     Raises:
         UserError: naming the keys that differ and are not in ``checkpoint.allow_changed``.
     """
-    before, now = _bound(load_config(folder / files.CONFIG)), _bound(run)
+    before, now = _bound(files.read_config(folder)), _bound(run)
     allowed = set(run.checkpoint.allow_changed)
     changed = [
         f"{key} was {before.get(key)!r} and is {now.get(key)!r}"

@@ -1,8 +1,9 @@
 """Between an engine's parameters and optimizer state, and the full tensors of a checkpoint.
 
 Every value is stored under its global name with the shape it has in a single process, whatever the layout: the fp32
-weight as ``model.NAME``, Adam's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``. Within a data-parallel group each
-parameter has one owner that writes and reads it, so a rank holds its own share and one parameter more, never the model.
+weight as ``model.NAME``, Adam's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` (`Quantity`). Within a
+data-parallel group each parameter has one keeper that writes and reads it, so a rank holds its own share and one
+parameter more, never the model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from skv_dist.config.run import RunConfig
-from skv_dist.parallel.engines.base import MODEL, MOMENTS, Engine
+from skv_dist.parallel.engines.base import Engine, Quantity
 from skv_dist.parallel.local_model import partitioned_shape
-from skv_dist.parallel.tensor_split import Piece, full_shape, kind_of, pieces
+from skv_dist.parallel.tensor_split import Block, Replicated, split_of
 
 
 class Shards(torch.Tensor):
@@ -35,10 +36,10 @@ class Shards(torch.Tensor):
     _blocks: dict[torch.Size, torch.Tensor]
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], part: torch.Tensor, blocks: Sequence[Piece]) -> "Shards":
+    def __new__(cls, shape: Sequence[int], part: torch.Tensor, blocks: Sequence[Block]) -> "Shards":
         made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape))
         made.part = part
-        made._blocks = {torch.Size(piece.offsets): part[piece.block] for piece in blocks}
+        made._blocks = {torch.Size(block.offsets): part[block.slices] for block in blocks}
         return made
 
     @classmethod
@@ -63,77 +64,77 @@ class Shards(torch.Tensor):
         return self._blocks[index.offset]
 
 
-class Owned(NamedTuple):
+class Stored(NamedTuple):
     """A parameter of this stage, and the data-parallel rank that stores it."""
 
     name: str
     parameter: torch.nn.Parameter
-    owner: int
+    keeper: int
 
 
-def owned_parameters(engine: Engine) -> Iterator[Owned]:
-    """The parameters of this rank in order, each with the owner that has the least to store so far."""
+def stored_parameters(engine: Engine) -> Iterator[Stored]:
+    """The parameters of this rank in order, each with the keeper that has the least to store so far."""
     loads = [0] * parallel_state.get_data_parallel_world_size()
-    for name, parameter in engine.root.named():
-        owner = loads.index(min(loads))
-        loads[owner] += torch.Size(partitioned_shape(parameter)).numel()
-        yield Owned(name, parameter, owner)
+    for name, parameter in engine.model.named():
+        keeper = loads.index(min(loads))
+        loads[keeper] += torch.Size(partitioned_shape(parameter)).numel()
+        yield Stored(name, parameter, keeper)
 
 
-class _Layout:
-    """How the parts of this tensor-parallel rank lie in full tensors."""
-
-    def __init__(self, run: RunConfig, vocab_size: int) -> None:
-        self._gated, self._vocab_size = run.model.gated, vocab_size
-        self._rank = parallel_state.get_tensor_model_parallel_rank()
-        self._size = parallel_state.get_tensor_model_parallel_world_size()
-
-    def shards(self, owned: Owned, part: torch.Tensor, *, writes: bool) -> Shards:
-        kind = kind_of(owned.name, self._gated)
-        local = partitioned_shape(owned.parameter)
-        blocks = pieces(kind, self._rank, self._size, local, self._vocab_size)
-        if writes and kind == "replicated" and self._rank > 0:
-            blocks = []  # the first rank writes it
-        return Shards(full_shape(local, kind, self._size, self._vocab_size), part, blocks)
+def stored_name(quantity: Quantity, name: str) -> str:
+    """Name on disk of one value of a parameter."""
+    return f"{quantity.value}.{name}"
 
 
-def snapshot(engine: Engine, run: RunConfig, vocab_size: int) -> dict[str, Shards]:
+def _shards_of(stored: Stored, run: RunConfig, values: torch.Tensor, *, writes: bool) -> Shards:
+    """Where ``values``, this tensor-parallel rank's part of a parameter, lie in the full tensor."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    part, split = partitioned_shape(stored.parameter), split_of(stored.name, run)
+    blocks = split.blocks(rank, part)
+    if writes and isinstance(split, Replicated) and rank > 0:
+        blocks = []  # the first rank writes it
+    return Shards(split.full_shape(part), values, blocks)
+
+
+def snapshot(engine: Engine, run: RunConfig) -> dict[str, Shards]:
     """A copy on the CPU of what this rank stores. Collective over data-parallel ranks."""
-    layout, mine = _Layout(run, vocab_size), parallel_state.get_data_parallel_rank()
-    found = {}
-    for owned in owned_parameters(engine):
-        for what in (MODEL, *MOMENTS):
-            value = engine.read(owned.parameter, what)
-            if owned.owner == mine:
+    data_rank = parallel_state.get_data_parallel_rank()
+    shards = {}
+    for stored in stored_parameters(engine):
+        for quantity in Quantity:
+            value = engine.read(stored.parameter, quantity)
+            if stored.keeper == data_rank:
                 # to() alone would hand out the engine's own memory on a CPU
                 copy = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-                found[f"{what}.{owned.name}"] = layout.shards(owned, copy, writes=True)
-    return {name: shards for name, shards in found.items() if shards.__create_chunk_list__()}
+                shards[stored_name(quantity, stored.name)] = _shards_of(stored, run, copy, writes=True)
+    return {name: pieces for name, pieces in shards.items() if pieces.__create_chunk_list__()}
 
 
-def empty_shards(engine: Engine, run: RunConfig, vocab_size: int, whats: Sequence[str]) -> dict[str, Shards]:
+def empty_shards(engine: Engine, run: RunConfig, quantities: Sequence[Quantity]) -> dict[str, Shards]:
     """Zeros for what this rank reads, in the same shares."""
-    layout, mine = _Layout(run, vocab_size), parallel_state.get_data_parallel_rank()
-    return {
-        f"{what}.{owned.name}": layout.shards(owned, torch.zeros(partitioned_shape(owned.parameter)), writes=False)
-        for owned in owned_parameters(engine)
-        for what in whats
-        if owned.owner == mine
-    }
+    data_rank = parallel_state.get_data_parallel_rank()
+    shards = {}
+    for stored in stored_parameters(engine):
+        for quantity in quantities:
+            if stored.keeper == data_rank:
+                zeros = torch.zeros(partitioned_shape(stored.parameter))
+                shards[stored_name(quantity, stored.name)] = _shards_of(stored, run, zeros, writes=False)
+    return shards
 
 
 @torch.no_grad()
-def restore(engine: Engine, shards: dict[str, Shards], whats: Sequence[str]) -> None:
-    """Hand each value from its owner to its data-parallel group and set it. Collective over all ranks."""
+def restore(engine: Engine, shards: dict[str, Shards], quantities: Sequence[Quantity]) -> None:
+    """Hand each value from its keeper to its data-parallel group and set it. Collective over all ranks."""
     group = parallel_state.get_data_parallel_group()
-    mine = parallel_state.get_data_parallel_rank()
-    for owned in owned_parameters(engine):
-        for what in whats:
-            if owned.owner == mine:
-                value = shards[f"{what}.{owned.name}"].part.to(engine.root.device)
+    data_rank = parallel_state.get_data_parallel_rank()
+    device = engine.model.device
+    for stored in stored_parameters(engine):
+        for quantity in quantities:
+            if stored.keeper == data_rank:
+                value = shards[stored_name(quantity, stored.name)].part.to(device)
             else:
-                value = torch.empty(partitioned_shape(owned.parameter), device=engine.root.device)
+                value = torch.empty(partitioned_shape(stored.parameter), device=device)
             if group.size() > 1:
-                dist.broadcast(value, dist.get_global_rank(group, owned.owner), group=group)
-            engine.write(owned.parameter, what, value)
+                dist.broadcast(value, dist.get_global_rank(group, stored.keeper), group=group)
+            engine.write(stored.parameter, quantity, value)
     engine.tied.refresh()

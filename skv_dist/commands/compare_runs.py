@@ -1,84 +1,25 @@
 """``python -m skv_dist.commands.compare_runs RUN ...``: the loss of several runs by cache size, as table and plot."""
 
 import argparse
-import json
 from pathlib import Path
 
-from skv_dist.errors import UserError, command
-
-PREFIX = "eval/loss@"
-
-
-def last_losses(run: Path) -> dict[float, float]:
-    """Retention to loss (nats per token) at the last evaluation of a run.
-
-    Raises:
-        UserError: the run has no evaluation.
-    """
-    file = run / "metrics.jsonl"
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
-    for number in range(len(lines), 0, -1):
-        try:
-            metrics = json.loads(lines[number - 1])
-        except ValueError as error:
-            raise UserError(f"{file}:{number}: not JSON") from error
-        losses = {float(k.removeprefix(PREFIX)): float(v) for k, v in metrics.items() if k.startswith(PREFIX)}
-        if losses:
-            return losses
-    raise UserError(f"{file} holds no evaluation")
+from skv_dist.commands.entry_point import entry_point
+from skv_dist.errors import UserError
+from skv_dist.evaluation.comparison import last_losses, plot_losses, retention_table
 
 
-def table(runs: dict[str, dict[float, float]]) -> str:
-    """Markdown: a row per run; behind each loss at less than 100 %, its rise over the run's own loss at 100 %."""
-    retentions = sorted(set.intersection(*(set(losses) for losses in runs.values())), reverse=True)
-    if 1.0 not in retentions:
-        raise UserError("the runs share no evaluation at retention 1.0, over which a rise is measured")
-    lines = [
-        "| loss (nats/token) | " + " | ".join(f"{r:.0%} of the cache" for r in retentions) + " |",
-        "|---|" + "---|" * len(retentions),
-    ]
-    for name, losses in runs.items():
-        cells = [f"{losses[r]:.3f}" + (f" ({losses[r] - losses[1.0]:+.3f})" if r < 1 else "") for r in retentions]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(runs: dict[str, dict[float, float]], file: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("a plot needs matplotlib: pip install 'skv-dist[plot]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for name, losses in runs.items():
-        retentions = sorted(losses, reverse=True)
-        axes.plot([100 * r for r in retentions], [losses[r] for r in retentions], marker="o", label=name)
-    axes.invert_xaxis()
-    axes.set_xlabel("KV cache kept (% of layers)")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=150)
-
-
-@command
+@entry_point
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="skv_dist.commands.compare_runs", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m skv_dist.commands.compare_runs", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     parser.add_argument("--out", type=Path, required=True, help="folder for retention.md and retention.png")
     arguments = parser.parse_args(argv)
     runs = {run.name: last_losses(run) for run in arguments.runs}
-    text = table(runs)
+    text = retention_table(runs)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "retention.md").write_text(text)
-        plot(runs, arguments.out / "retention.png")
+        plot_losses(runs, arguments.out / "retention.png")
     except OSError as error:
         raise UserError(f"cannot write to {arguments.out}: {error.strerror}") from error
     print(text)

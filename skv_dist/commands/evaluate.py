@@ -3,8 +3,17 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from skv_dist.errors import UserError, command
+from skv_dist.commands.entry_point import entry_point
+from skv_dist.config.run import RunConfig, derive
+from skv_dist.errors import UserError
+from skv_dist.routing import RoutePlan, map_from_cached_layers
+
+if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
+    from skv_dist.data.tokenizer import Tokenizer
+    from skv_dist.parallel.engines.base import Engine
+    from skv_dist.parallel.processes.groups import World
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,64 +44,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
-    folder: Path = arguments.checkpoint
-    asked = [] if arguments.retention is None else [f"eval.retention={json.dumps(arguments.retention)}"]
-    if arguments.samples is not None:
-        asked.append(f"eval.samples={arguments.samples}")
-    from skv_dist.checkpoint.frozen_model import config_of, frozen_model
-
-    run = config_of(folder, [*asked, *arguments.overrides])
-    if arguments.new_tokens < 1 or arguments.temperature < 0:
-        raise UserError("--new-tokens must be at least 1 and --temperature at least 0")
-
-    from skv_dist.config.run import derive
-    from skv_dist.parallel.processes import groups
-
-    derive(run, groups.world_size_from_environment())
+    run = _configuration(arguments)
 
     import torch.distributed as dist
 
-    from skv_dist.data.batches import open_data
+    from skv_dist.checkpoint.folder import CONFIG
+    from skv_dist.checkpoint.frozen_model import frozen_model
+    from skv_dist.data.open import open_data
     from skv_dist.data.tokenizer import load_tokenizer
-    from skv_dist.evaluation.generate import sample_text
-    from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
-    from skv_dist.routing import RoutePlan, map_from_cached_layers
+    from skv_dist.evaluation.sweep import evaluation_batches, sweep
+    from skv_dist.parallel.processes import groups
 
-    plans = retention_plans(run)
-    for layers in arguments.cached_layers:
-        table = map_from_cached_layers(run.model.num_layers, layers)
-        plans[f"loss@layers {','.join(map(str, sorted(set(layers))))}"] = RoutePlan(table)
+    plans = _plans(arguments, run)
     tokenizer = load_tokenizer(run.data.tokenizer)
     world = groups.start(run.parallel)
-    engine = frozen_model(run, folder, world)
+    engine = frozen_model(run, arguments.checkpoint, world)
     _, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
     losses: dict[str, float] = {}
     if validation is not None:
-        losses = sweep(engine, run, world, evaluation_batches(run, world, validation), plans)
+        losses = sweep(engine, run, evaluation_batches(run, world, validation), plans)
     elif arguments.prompt is None:
-        raise UserError(f"{folder / 'config.yaml'}: data holds out no validation text: set data.validation_fraction")
+        config = arguments.checkpoint / CONFIG
+        raise UserError(f"{config}: data holds out no validation text: set data.validation_fraction")
     for name, plan in plans.items():
         if world.is_first and losses:
-            cached = f"{len(set(plan.table))} of {plan.num_layers} layers cached"
-            print(f"{name:<16} {losses[name]:.4f} nats/token   {cached}")
+            num_owners = len(set(plan.table))
+            print(f"{name:<16} {losses[name]:.4f} nats/token   {num_owners} of {plan.num_layers} layers cached")
         if arguments.prompt is not None:
-            text = sample_text(
-                engine,
-                world,
-                tokenizer,
-                plan,
-                arguments.prompt,
-                arguments.new_tokens,
-                temperature=arguments.temperature,
-                max_length=run.data.sequence_length,
-                seed=run.train.seed,
-                multiple=run.parallel.tensor if run.parallel.sequence_parallel else 1,
-            )
-            if world.is_first:
-                print(f"--- sampled under {name.removeprefix('loss')}\n{arguments.prompt}{text}\n---", flush=True)
+            _print_sample(arguments, run, world, engine, tokenizer, name, plan)
     if world.is_first and arguments.json is not None:
         try:
             arguments.json.write_text(json.dumps(losses, indent=2) + "\n")
@@ -100,6 +82,63 @@ def main(argv: list[str]) -> int:
             raise UserError(f"cannot write {arguments.json}: {error.strerror}") from error
     groups.stop()
     return 0
+
+
+def _configuration(arguments: argparse.Namespace) -> RunConfig:
+    """The checkpoint's configuration with what the command line asks for, checked against the number of processes."""
+    from skv_dist.checkpoint.frozen_model import config_of
+    from skv_dist.parallel.processes import groups
+
+    asked = [] if arguments.retention is None else [f"eval.retention={json.dumps(arguments.retention)}"]
+    if arguments.samples is not None:
+        asked.append(f"eval.samples={arguments.samples}")
+    run = config_of(arguments.checkpoint, [*asked, *arguments.overrides])
+    if arguments.new_tokens < 1 or arguments.temperature < 0:
+        raise UserError("--new-tokens must be at least 1 and --temperature at least 0")
+    if arguments.prompt is not None and run.parallel.pipeline > 1:
+        raise UserError(
+            f"--prompt and parallel.pipeline {run.parallel.pipeline} do not work together: leave out one of them"
+        )
+    derive(run, groups.world_size_from_environment())
+    return run
+
+
+def _plans(arguments: argparse.Namespace, run: RunConfig) -> dict[str, RoutePlan]:
+    """The sharing maps to measure, by the name of their loss."""
+    from skv_dist.evaluation.sweep import retention_plans
+
+    plans = retention_plans(run)
+    for layers in arguments.cached_layers:
+        table = map_from_cached_layers(run.model.num_layers, layers)
+        plans[f"loss@layers {','.join(map(str, sorted(set(layers))))}"] = RoutePlan(table)
+    return plans
+
+
+def _print_sample(
+    arguments: argparse.Namespace,
+    run: RunConfig,
+    world: "World",
+    engine: "Engine",
+    tokenizer: "Tokenizer",
+    name: str,
+    plan: RoutePlan,
+) -> None:
+    from skv_dist.evaluation.generate import sample_text
+
+    text = sample_text(
+        engine,
+        world,
+        tokenizer,
+        plan,
+        arguments.prompt,
+        arguments.new_tokens,
+        temperature=arguments.temperature,
+        max_length=run.data.sequence_length,
+        seed=run.train.seed,
+        multiple=run.parallel.sequence_split,
+    )
+    if world.is_first:
+        print(f"--- sampled under {name.removeprefix('loss')}\n{arguments.prompt}{text}\n---", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,16 @@
 import argparse
 from pathlib import Path
 
+from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.data import SourceConfig
-from skv_dist.errors import UserError, command
+from skv_dist.errors import UserError
 
 _FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 
 
 def _guess(path: str) -> str:
     name = path.removesuffix(".gz").removesuffix(".zst")
-    return next((kind for suffix, kind in _FORMATS.items() if name.endswith(suffix)), "text")
+    return next((format_ for suffix, format_ in _FORMATS.items() if name.endswith(suffix)), "text")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     from skv_dist.data.token_set import PreparedSet

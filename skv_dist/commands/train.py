@@ -2,44 +2,52 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skv_dist.config.load import dump_config, load_config
+from skv_dist.commands.entry_point import entry_point
+from skv_dist.config.load import load_config
 from skv_dist.config.run import Derived, RunConfig, derive
-from skv_dist.errors import UserError, command
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
+    from skv_dist.checkpoint.save import Saver
+    from skv_dist.data.batches import Samples
     from skv_dist.data.tokenizer import Tokenizer
     from skv_dist.parallel.processes.groups import World
+    from skv_dist.training.callbacks import Callback
+    from skv_dist.training.trainer import Trainer
 
 
 def parse(argv: list[str]) -> RunConfig:
-    parser = argparse.ArgumentParser(prog="skv-train", description=__doc__)
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser = argparse.ArgumentParser(
+        prog="skv-train",
+        usage="skv-train CONFIG.yaml [section.key=value ...]\n       skv-train --explain [section.key]",
+        description="Train from one YAML file, under plain python, torchrun or deepspeed alike.",
+        epilog="Every key with its meaning and default: configs/reference.yaml, or python -m skv_dist.config.reference",
+    )
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="what the run is")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="change keys of it, such as train.steps=100"
+    )
+    parser.add_argument(
+        "--explain",
+        nargs="?",
+        const="",
+        metavar="section.key",
+        help="say what a key means, or which keys a section has, and train nothing; without a key: the sections",
+    )
     # Given by the deepspeed launcher; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    if arguments.explain is not None:
+        from skv_dist.config.explain import explain
+
+        print(explain(arguments.explain))
+        parser.exit()
+    if arguments.config is None:
+        parser.error("the following arguments are required: CONFIG.yaml")
     return load_config(arguments.config, arguments.overrides)
-
-
-def claim(folder: Path, resume: str) -> None:
-    """Make the run's folder; refuse to write over an earlier run unless this one goes on from it.
-
-    Raises:
-        UserError: ``folder`` holds a run, or cannot be written to.
-    """
-    if resume == "never" and (folder / "metrics.jsonl").exists():
-        raise UserError(
-            f"train.output_dir {folder} already holds a run and checkpoint.resume is 'never': choose another folder, "
-            "move that one away or set checkpoint.resume=auto"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").touch()
-    except OSError as error:
-        raise UserError(f"train.output_dir {folder} cannot be written: {error.strerror}") from error
 
 
 def train(run: RunConfig) -> None:
@@ -48,96 +56,115 @@ def train(run: RunConfig) -> None:
     Raises:
         UserError: whatever the user can mend.
     """
-    from skv_dist.parallel.processes import groups
-
-    derived = derive(run, groups.world_size_from_environment())
-    # What can be told without the other processes is told before they meet.
     from skv_dist.data.tokenizer import load_tokenizer
-    from skv_dist.model.megatron_config import transformer_impl
-
-    transformer_impl(run)
-    tokenizer = load_tokenizer(run.data.tokenizer)
-    vocab_size = run.model.vocab_size or tokenizer.vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size {vocab_size} is smaller than the {tokenizer.vocab_size} tokens of data.tokenizer "
-            f"'{tokenizer.name}': raise it, or leave model.vocab_size out"
-        )
-
+    from skv_dist.model.megatron_config import check_device, transformer_impl
+    from skv_dist.parallel.processes import groups
     from skv_dist.parallel.processes.heartbeat import naming_lost_peers
 
+    # What can be told without the other processes is told before they meet.
+    derived = derive(run, groups.world_size_from_environment())
+    check_device(run)
+    transformer_impl(run)
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    run = run.for_vocabulary(tokenizer.vocab_size)
     world = groups.start(run.parallel)
     with naming_lost_peers(run.parallel):
-        _train(run, derived, tokenizer, vocab_size, world)
+        _train_in_world(run, derived, tokenizer, world)
 
 
-def _train(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", vocab_size: int, world: "World") -> None:
+def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World") -> None:
     import torch.distributed as dist
 
-    from skv_dist.checkpoint import folder as files
     from skv_dist.checkpoint import resume
-    from skv_dist.checkpoint.save import Checkpoints, Saver, load, verify_everywhere
-    from skv_dist.data.batches import open_data
-    from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
+    from skv_dist.checkpoint.folder import clean
+    from skv_dist.checkpoint.save import Saver
+    from skv_dist.data.open import open_data
     from skv_dist.parallel.engines.create import create_engine
-    from skv_dist.training.callbacks import Callback, Console, Evaluation, JsonLines, TensorBoard
-    from skv_dist.training.report import software, start_report
+    from skv_dist.training import output_folder
     from skv_dist.training.trainer import Trainer
+    from skv_dist.versions import software
 
-    out, checkpoints = Path(run.train.output_dir), Path(run.train.output_dir) / "checkpoints"
+    out = Path(run.train.output_dir)
+    checkpoints = out / output_folder.CHECKPOINTS
     samples, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
     if world.is_first:
-        claim(out, run.checkpoint.resume)
-        files.clean(checkpoints)
+        output_folder.claim(out, run.checkpoint.resume)
+        clean(checkpoints)
     start = resume.choose(run, checkpoints, tokenizer.fingerprint())
-    engine = create_engine(run, vocab_size, world.device)
-    trainer = Trainer(run, derived, world, engine, vocab_size, samples, [])
-    if start is not None:
-        load(engine, run, vocab_size, start, weights_only=False)
-        trainer.restore(files.read_state(start))
-    elif run.checkpoint.init_from is not None:
-        verify_everywhere(Path(run.checkpoint.init_from))
-        load(engine, run, vocab_size, Path(run.checkpoint.init_from), weights_only=True)
+    trainer = Trainer(run, derived, world, create_engine(run, world.device), samples)
+    _restore(trainer, start)
+    saver = Saver(trainer.engine, run, checkpoints)
 
     def state() -> dict[str, Any]:
-        layout = run.parallel.model_dump(mode="json")
         return {
             **trainer.state(),
             "tokenizer": tokenizer.fingerprint(),
             "software": software(),
-            "layout": layout,
+            "layout": run.parallel.model_dump(mode="json"),
             "world_size": world.size,
         }
 
-    saver = Saver(engine, run, vocab_size, checkpoints)
-    callbacks: list[Callback] = []
-    if run.eval.every and validation is not None:
-        batches, plans = evaluation_batches(run, world, validation), retention_plans(run)
-        callbacks.append(Evaluation(lambda: sweep(engine, run, world, batches, plans), run.eval.every, run.train.steps))
-    callbacks.append(Checkpoints(saver, run.checkpoint.every, state))
+    callbacks = _callbacks(trainer, saver, state, validation)
     if world.is_first:
-        (out / "config.yaml").write_text(dump_config(run), encoding="utf-8")
-        files.truncate_metrics(out / "metrics.jsonl", trainer.step)
-        print(start_report(run, derived, world, engine, vocab_size), flush=True)
-        if start is not None:
-            print(f"resumed from {start} at step {trainer.step}", flush=True)
-        callbacks.append(JsonLines(out / "metrics.jsonl"))
-        if run.train.tensorboard:
-            callbacks.append(TensorBoard(out / "tensorboard"))
-        if run.train.progress:
-            callbacks.append(Console())
-    trainer.callbacks = callbacks
-    began = trainer.step
-    trainer.fit()
-    if run.checkpoint.at_end and trainer.step not in (began, saver.saved_step):
+        output_folder.begin(out, run, trainer.step)
+        _announce(trainer, start)
+    first_step = trainer.step
+    trainer.fit(callbacks)
+    if run.checkpoint.at_end and trainer.step not in (first_step, saver.saved_step):
         saver.save(trainer.step, state())
     saver.close()
-    engine.close()
+    trainer.engine.close()
     if trainer.stopped_by and world.is_first:
         print(f"stopped by {trainer.stopped_by} after step {trainer.step}", flush=True)
 
 
-@command
+def _restore(trainer: "Trainer", start: Path | None) -> None:
+    """Go on from the checkpoint ``start``, or else begin with the weights of ``checkpoint.init_from``, if any."""
+    from skv_dist.checkpoint.folder import read_state
+    from skv_dist.checkpoint.load import load_checkpoint, verify_everywhere
+
+    run, engine = trainer.run, trainer.engine
+    if start is not None:
+        load_checkpoint(engine, run, start, weights_only=False)
+        trainer.restore(read_state(start))
+    elif run.checkpoint.init_from is not None:
+        verify_everywhere(Path(run.checkpoint.init_from))
+        load_checkpoint(engine, run, Path(run.checkpoint.init_from), weights_only=True)
+
+
+def _callbacks(
+    trainer: "Trainer", saver: "Saver", state: Callable[[], dict[str, Any]], validation: "Samples | None"
+) -> list["Callback"]:
+    """In the order in which they see a step: what measures, what saves, and on the first rank what records."""
+    from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
+    from skv_dist.training.callbacks import Callback, Checkpoints, Console, Evaluation, JsonLines, TensorBoard
+    from skv_dist.training.output_folder import METRICS, TENSORBOARD
+
+    run, world, engine = trainer.run, trainer.world, trainer.engine
+    callbacks: list[Callback] = []
+    if run.eval.every and validation is not None:
+        batches, plans = evaluation_batches(run, world, validation), retention_plans(run)
+        callbacks.append(Evaluation(lambda: sweep(engine, run, batches, plans), run.eval.every, run.train.steps))
+    callbacks.append(Checkpoints(saver, run.checkpoint.every, state))
+    if world.is_first:
+        out = Path(run.train.output_dir)
+        callbacks.append(JsonLines(out / METRICS))
+        if run.train.tensorboard:
+            callbacks.append(TensorBoard(out / TENSORBOARD))
+        if run.train.progress:
+            callbacks.append(Console())
+    return callbacks
+
+
+def _announce(trainer: "Trainer", start: Path | None) -> None:
+    from skv_dist.training.report import start_report
+
+    print(start_report(trainer.run, trainer.derived, trainer.world, trainer.engine), flush=True)
+    if start is not None:
+        print(f"resumed from {start} at step {trainer.step}", flush=True)
+
+
+@entry_point
 def main(argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     train(parse(argv))

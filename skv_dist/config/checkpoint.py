@@ -6,14 +6,44 @@ from skv_dist.config.section import Section
 
 
 class CheckpointConfig(Section):
+    """What a run leaves in train.output_dir/checkpoints, and what it starts from. A checkpoint can be read by any
+    layout (the parallel section), whichever wrote it."""
+
     every: int = Field(default=0, ge=0)
+    """Number of steps between checkpoints. 0: none but the one of at_end."""
+
     at_end: bool = True
+    """Whether a checkpoint is written when training ends. That is after the last step, or after the step in which
+    SIGTERM came."""
+
     keep_last: int | None = Field(default=2, gt=0)
+    """How many of the newest checkpoints are kept. Older ones are deleted once a new one is complete. null: all are
+    kept."""
+
     keep_every: int | None = Field(default=None, gt=0)
+    """Checkpoints whose step is a multiple of this are kept beside the newest. null: no others are."""
+
     resume: str = Field(default="auto", min_length=1)
+    """What the run goes on from: auto, never, or the folder of a checkpoint.
+
+    - auto: the newest complete checkpoint in train.output_dir, or the start if there is none. A damaged one is named
+      and passed over.
+    - never: the start. A train.output_dir that holds a run is refused.
+    - a folder, such as runs/one/checkpoints/step_00000100: this checkpoint, which must be whole."""
+
     allow_changed: list[str] = []
+    """Keys that may differ from those of the checkpoint that the run goes on from. For example [train.steps,
+    routing.cross_prob]. Any other change of the model, routing, data or optimizer section, or of steps, seed, batch
+    sizes and precision in train, is refused; keys that change no result (data.cache_dir and the like) are free."""
+
     init_from: str | None = None
+    """Folder of a checkpoint whose weights the run begins with (fine-tuning): step 0 and a new optimizer. null: weights
+    are drawn at random. Read only where the run does not go on from a checkpoint of its own; needs resume auto or
+    never."""
+
     async_save: bool = True
+    """Whether a thread writes the files while training goes on. false: training waits until the checkpoint is
+    complete."""
 
     @model_validator(mode="after")
     def _one_start(self) -> "CheckpointConfig":

@@ -10,28 +10,95 @@ SourceFormat = Literal["text", "jsonl", "parquet", "hub", "prepared"]
 
 
 class SourceConfig(Section):
-    path: str = Field(min_length=1)
-    format: SourceFormat
+    """One source of text."""
+
+    path: str = Field(min_length=1, examples=["runs/quickstart/stdlib"])
+    """Where the text is: a file, a folder (searched to its depths), or a glob (** goes through folders). Format hub:
+    the name of a dataset on the Hugging Face hub. Format prepared: a folder that skv-data prepare has made."""
+
+    format: SourceFormat = Field(examples=["prepared"])
+    """What the files hold.
+
+    - text: each file is one document.
+    - jsonl: one JSON object in each line, the text in its field text_field. Of a folder, the files *.jsonl and
+      compressed ones (*.jsonl.gz).
+    - parquet: one document in each row, the text in column text_field. Of a folder, the files *.parquet.
+    - hub: a dataset on the Hugging Face hub, the text in column text_field.
+    - prepared: tokens. The set must have been made with data.tokenizer."""
+
     weight: float = Field(default=1.0, gt=0)
+    """Share of the samples that come from this source, relative to the weights of the others. A small source is
+    repeated, shuffled anew, as often as that takes."""
+
     name: str | None = None
+    """Configuration of a hub dataset, such as sample-100BT. Read for format hub. null: the dataset's default."""
+
     split: str = "train"
+    """Split of a hub dataset. Read for format hub."""
+
     text_field: str = "text"
+    """Field that holds the text of a document. Read for formats jsonl, parquet and hub; leave it alone for text."""
+
     exclude: list[str] = []
+    """Globs of files to leave out, compared with the whole path, in which * stands for / too. Read for formats text,
+    jsonl and parquet."""
 
 
 class DataConfig(Section):
-    sequence_length: int = Field(gt=0)
+    """Where the text comes from and how it becomes sequences. Documents are tokenized, laid end to end with an end
+    token behind each, and cut into sequences; their order is a pure function of train.seed and the position in the run.
+    skv-eval finds the validation text by this section of the checkpoint."""
+
+    sequence_length: int = Field(gt=0, examples=[128])
+    """Number of tokens in a sequence. At most model.max_position_embeddings; with parallel.sequence_parallel a multiple
+    of parallel.tensor."""
+
     tokenizer: str = Field(default="byte", min_length=1)
+    """The tokenizer: byte, a folder that holds a saved one, or a name on the Hugging Face hub. byte needs no download:
+    259 tokens, the bytes of UTF-8 and three special ones. A folder begins with ., / or ~. Any other must have an
+    end-of-sequence token. Exported models take the tokenizer with them."""
+
     sources: list[SourceConfig] = Field(min_length=1)
+    """The text to train on: one or more sources, mixed by their weights. Those whose format is not prepared are
+    tokenized at the start of the run and kept in cache_dir, unless streaming is set."""
+
     validation_sources: list[SourceConfig] = []
+    """The text to evaluate on, in entries like those of sources. Empty: a part of sources is held out, as
+    validation_fraction says."""
+
     validation_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Part of sources that is held out for evaluation. Read where validation_sources is empty. Which documents these
+    are depends on train.seed. 0: none, which needs eval.every 0 too."""
+
     validation_split: Literal["document", "sequence"] = "document"
+    """What is held out. Read where validation_sources is empty.
+
+    - document: whole documents, so that no text stands on both sides.
+    - sequence: packed sequences, for sources of few long documents. Parts of one document can be on both sides. Not
+      with streaming."""
+
     streaming: bool = False
+    """Whether documents are tokenized while training instead of once before it. For hub datasets larger than the disk.
+    Every process reads the whole stream and keeps its samples, and a run that goes on reads it from the start again;
+    prepared sources are faster where they fit, and are refused here."""
+
     shuffle_buffer: int = Field(default=1000, ge=0)
+    """Number of documents among which the next one is drawn. Read with streaming. 0: documents in their order."""
+
     cache_dir: str = "~/.cache/skv-dist"
+    """Folder for sources once they are tokenized, and for downloads from the hub. A source is tokenized again when its
+    files, their times or the tokenizer have changed."""
+
     prepare_workers: int = Field(default=1, gt=0)
+    """Number of processes that tokenize at the start of a run. Read for sources that are not prepared, without
+    streaming. skv-data prepare has --workers instead."""
+
     prefetch_steps: int = Field(default=2, ge=0)
+    """Number of steps whose batches a thread reads ahead. 0: batches are read when their step begins."""
+
     reset_attention: bool = False
+    """Whether attention stops at document boundaries. The first token of the next document is then not predicted
+    either. Needs model.transformer_impl local, which auto chooses; on a GPU attention is compiled (flex attention)."""
 
     @model_validator(mode="after")
     def _streams_are_not_prepared(self) -> "DataConfig":

@@ -5,16 +5,25 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from skv_dist.config.blocks import BLOCK_STYLES, BlockStyle
 from skv_dist.config.section import Section
 
 
 class RopeScaling(Section):
-    """Llama-3 frequency scaling; names and meaning as in transformers' ``rope_scaling``."""
+    """Stretches rotary positions to a longer context by Llama 3's rule, as transformers does for rope_type llama3."""
 
-    factor: float = Field(ge=1)
+    factor: float = Field(ge=1, examples=[8.0])
+    """How much longer the wavelengths beyond the original context become."""
+
     low_freq_factor: float = Field(default=1.0, gt=0)
+    """Wavelengths above original_max_position_embeddings / low_freq_factor are stretched by the whole factor."""
+
     high_freq_factor: float = Field(default=4.0, gt=0)
+    """Wavelengths below original_max_position_embeddings / high_freq_factor stay as they are. Those between the two
+    limits are joined smoothly. Must be greater than low_freq_factor."""
+
     original_max_position_embeddings: int = Field(default=8192, gt=0)
+    """Context in tokens that the model was first trained with."""
 
     @model_validator(mode="after")
     def _ordered(self) -> "RopeScaling":
@@ -24,27 +33,103 @@ class RopeScaling(Section):
 
 
 class ModelConfig(Section):
-    num_layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    ffn_hidden_size: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
+    """The shape of the transformer. It belongs to the weights: a run goes on from a checkpoint of the same shape only,
+    and skv-convert writes it into exported models. configs/models holds the shapes of well-known models."""
+
+    num_layers: int = Field(gt=0, examples=[8])
+    """Number of transformer layers. They must split evenly over the stages of parallel.pipeline, or as
+    parallel.first_stage_layers and parallel.last_stage_layers say."""
+
+    hidden_size: int = Field(gt=0, examples=[96])
+    """Width of the residual stream."""
+
+    ffn_hidden_size: int = Field(gt=0, examples=[256])
+    """Width inside the MLP. With a gated activation it is the width of the gate and of the up projection each. A
+    multiple of parallel.tensor."""
+
+    num_attention_heads: int = Field(gt=0, examples=[4])
+    """Number of query heads. A multiple of num_kv_heads and of parallel.tensor."""
+
+    num_kv_heads: int = Field(gt=0, examples=[2])
+    """Number of key/value heads. With fewer than num_attention_heads, several query heads read one of them
+    (grouped-query attention). May be smaller than parallel.tensor, whose ranks then hold copies; one of the two must
+    divide the other."""
+
     head_dim: int | None = Field(default=None, gt=0)
+    """Width of one attention head. Even, because rotary positions turn pairs. null: hidden_size / num_attention_heads,
+    which must come out even and whole."""
+
     vocab_size: int | None = Field(default=None, gt=0)
+    """Number of tokens that the model knows. null: as many as data.tokenizer has. A larger number is allowed, as
+    published models have rows that no token uses; a smaller one is refused."""
+
     make_vocab_size_divisible_by: int = Field(default=128, gt=0)
+    """Rows of embedding and head are padded to a multiple of this times parallel.tensor. Padding rows take no part in
+    the loss, and checkpoints do not hold them, so this may change between two parts of a run."""
+
     max_position_embeddings: int = Field(default=32768, gt=0)
+    """Longest context in tokens that the model is meant for. Training reads it as the upper limit of
+    data.sequence_length only; skv-convert writes it into exported models, whose engines size their buffers by it."""
+
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Norm in front of attention, MLP and head. Only rmsnorm can be exported.
+
+    - rmsnorm: divides by the root of the mean square, with a weight.
+    - layernorm: subtracts the mean and divides by the deviation, with a weight and a bias."""
+
     norm_eps: float = Field(default=1e-6, gt=0)
+    """Number added under the root in all norms."""
+
     activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
+    """Activation of the MLP. skv-convert exports swiglu, and geglu with block gemma4.
+
+    - swiglu: SiLU(gate) times up.
+    - geglu: GELU(gate) times up, GELU in its tanh approximation.
+    - gelu: GELU without a gate."""
+
     qk_norm: bool = False
+    """Norm on the queries and keys of each head before rotary positions, as Qwen3 has."""
+
     rope_theta: float = Field(default=10000.0, gt=0)
+    """Base of the rotary frequencies. A larger one gives longer wavelengths."""
+
     rope_scaling: RopeScaling | None = None
+    """Rotary frequencies stretched to a longer context. null: they follow from rope_theta alone. Not
+    with block gemma4."""
+
     tie_embeddings: bool = False
+    """Whether the head uses the weight of the embedding. If their pipeline stages differ, the head's stage holds a copy
+    and their gradients are added up."""
+
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability with which an attention weight is dropped while training. 0: no dropout. Refused
+    together with data.reset_attention on a GPU, whose kernel for that knows no dropout."""
+
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Probability with which an activation is dropped while training. It applies to the embedding and to what attention
+    and MLP add to the residual stream. 0: no dropout."""
+
     block: Literal["llama", "gemma4"] = "llama"
+    """Which family's layers these are.
+
+    - llama: norms in front of attention and MLP, as Llama, Qwen3 and Mistral have.
+    - gemma4: Gemma 4's block in its plain form: norms also behind attention and MLP, normed values, scores that are not
+      scaled, and the embedding times sqrt(hidden_size). Needs norm rmsnorm, activation geglu, qk_norm true and no
+      rope_scaling. Stock engines load its exports where the last layers share one cache."""
+
     init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights. The projections that write into the residual stream (of attention and
+    MLP) get it divided by sqrt(2 * num_layers); norms begin at 1, biases at 0. Not used where weights come from a
+    checkpoint."""
+
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Which modules of Megatron-core the layers are made of. The weights are the same, so this may change between two
+    parts of a run.
+
+    - auto: transformer_engine where it can be imported, else local; local also with train.compile, data.reset_attention
+      and block gemma4, which are made for it.
+    - local: PyTorch modules, and attention by scaled_dot_product_attention.
+    - transformer_engine: Transformer Engine, which needs a GPU. Refused where it cannot be imported."""
 
     @property
     def kv_channels(self) -> int:
@@ -56,24 +141,22 @@ class ModelConfig(Section):
         """Whether the MLP is gated: fused gate and up projections."""
         return self.activation in ("swiglu", "geglu")
 
+    @property
+    def block_style(self) -> BlockStyle:
+        """What `block` does differently from the plain pre-norm block."""
+        return BLOCK_STYLES[self.block]
+
     @model_validator(mode="after")
     def _block_is_whole(self) -> "ModelConfig":
-        if self.block == "gemma4":
-            needed: dict[str, str | bool | None] = {
-                "norm": "rmsnorm",
-                "activation": "geglu",
-                "qk_norm": True,
-                "rope_scaling": None,
-            }
-            for key, value in needed.items():
-                if getattr(self, key) != value:
-                    found, wanted = getattr(self, key), json.dumps(value)
-                    raise ValueError(f"block 'gemma4' does not go with {key} {found!r}: set {key}={wanted}")
-            if self.transformer_impl == "transformer_engine":
-                raise ValueError(
-                    "block 'gemma4' and transformer_impl 'transformer_engine' do not work together: set "
-                    "transformer_impl=local"
-                )
+        for key, needed in self.block_style.needs.items():
+            if getattr(self, key) != needed:
+                given, cure = getattr(self, key), json.dumps(needed)
+                raise ValueError(f"block '{self.block}' does not go with {key} {given!r}: set {key}={cure}")
+        if self.block_style.local_only and self.transformer_impl == "transformer_engine":
+            raise ValueError(
+                f"block '{self.block}' and transformer_impl 'transformer_engine' do not work together: set "
+                "transformer_impl=local"
+            )
         return self
 
     @model_validator(mode="after")

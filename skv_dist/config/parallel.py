@@ -8,16 +8,54 @@ from skv_dist.config.section import Section
 
 
 class ParallelConfig(Section):
+    """How the run is spread over processes. The number of processes is tensor x pipeline x replicas; the launcher
+    starts them, and the number of data-parallel replicas follows. All of it may change between two parts of a run.
+    skv-eval and skv-convert take one process unless they are told otherwise."""
+
     tensor: int = Field(default=1, gt=0)
+    """Tensor-parallel size: number of processes over which each layer, embedding and head are split. 1: none. Must
+    divide model.num_attention_heads and model.ffn_hidden_size. Best within one host."""
+
     sequence_parallel: bool = False
+    """Whether norms and residual stream are split too, by position, over the tensor-parallel processes. Saves memory.
+    Needs tensor above 1, which must divide data.sequence_length."""
+
     pipeline: int = Field(default=1, gt=0)
+    """Number of pipeline stages. 1: no pipeline. The hidden state goes from stage to stage, and with it the K/V that
+    later stages still read."""
+
     virtual_pipeline: int = Field(default=1, gt=0)
+    """Number of separate chunks of layers on each pipeline stage. 1: the 1F1B schedule. Above 1: the interleaved
+    schedule, in which stages wait less and send more; the number of micro-batches of a replica must then be a multiple
+    of pipeline, and all transfers of a step are as wide as the widest. Needs pipeline above 1."""
+
     first_stage_layers: int | None = Field(default=None, gt=0)
+    """Number of layers on the first stage, which also has the embedding. null: as many as on the others. Needs pipeline
+    above 1."""
+
     last_stage_layers: int | None = Field(default=None, gt=0)
+    """Number of layers on the last stage, which also has the head. null: as many as on the others. Needs pipeline above
+    1."""
+
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is sharded over the data-parallel replicas (ZeRO). With one replica there is nothing to shard, and stages 1
+    and 2 run as 0.
+
+    - 0: nothing; each replica holds everything.
+    - 1: fp32 weights and optimizer state, through DeepSpeed.
+    - 2: gradients too.
+    - 3: the parameters too. Refused with a pipeline."""
+
     zero_bucket_mb: int = Field(default=256, gt=0)
+    """Size in MiB of the pieces in which gradients are reduced, and parameters gathered. Larger pieces use the network
+    better and take more memory. Read for all stages of ZeRO, 0 included."""
+
     overlap_comm: bool = False
+    """Whether gradients are reduced while the backward pass goes on. Needs zero_stage 2 or 3."""
+
     timeout_minutes: float = Field(default=30, gt=0)
+    """How long a process waits for the others before the run ends with an error. A process that gives no sign of life
+    for half as long, or for one minute if that is less, is taken for lost and named."""
 
     @model_validator(mode="after")
     def _supported(self) -> "ParallelConfig":
@@ -41,6 +79,11 @@ class ParallelConfig(Section):
             )
         return self
 
+    @property
+    def sequence_split(self) -> int:
+        """Number of parts that hidden states are split into by position: t in shape comments."""
+        return self.tensor if self.sequence_parallel else 1
+
     def stages(self, num_layers: int) -> tuple[range, ...]:
         """The layers of each stage in the order of execution.
 
@@ -53,9 +96,9 @@ class ParallelConfig(Section):
         given = {rank: layers for rank, layers in ends.items() if layers is not None}
         left, others = num_layers - sum(given.values()), self.pipeline - len(given)
         if left < others or (others and left % others) or (not others and left):
-            what = " less those of first_stage_layers and last_stage_layers" if given else ""
+            shortened = " less those of first_stage_layers and last_stage_layers" if given else ""
             raise ValueError(
-                f"model.num_layers {num_layers}{what} cannot be split evenly over {others} of parallel.pipeline "
+                f"model.num_layers {num_layers}{shortened} cannot be split evenly over {others} of parallel.pipeline "
                 f"{self.pipeline} stages: change parallel.pipeline, or set parallel.first_stage_layers or "
                 "parallel.last_stage_layers"
             )

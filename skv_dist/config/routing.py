@@ -11,14 +11,52 @@ Step = Annotated[int, Field(ge=0)]
 
 
 class RoutingConfig(Section):
+    """Which layer's K/V each layer attends to while training. For every micro-batch a policy draws one route table, a
+    pure function of train.seed, step and micro-batch, in which each layer uses its own K/V or borrows those of an
+    earlier layer, its source. Evaluations do not read it: they use the fixed maps of eval.retention."""
+
     policy: Literal["none", "r_cla", "cla", "rd_cla", "suffix", "subset", "fixed"] = "r_cla"
+    """The rule that makes the route tables.
+
+    - none: each layer uses its own K/V (dense training).
+    - r_cla: each layer but the first borrows with probability cross_prob, from a source drawn uniformly from all
+      earlier layers (arXiv 2604.22782).
+    - cla: fixed groups of group_size layers that share the K/V of their first layer.
+    - rd_cla: as cla, but each layer follows the map with probability cross_prob only.
+    - suffix: the last shared_layers layers share the K/V of the last layer before them.
+    - subset: a random set of layers keeps its K/V, each other layer borrows from the nearest kept layer before it: the
+      rule of deployment. keep_probs says how many are kept.
+    - fixed: the map kv_source_layers."""
+
     cross_prob: Probability | list[tuple[Step, Probability]] = 0.5
+    """Probability that a layer borrows. Read by policies r_cla and rd_cla. Either one number or a schedule, a list of
+    points [step, probability] with ascending steps (the first step of a run is 0), joined by straight lines and
+    constant before the first and after the last point. 0: never."""
+
     window: int | None = Field(default=None, gt=0)
+    """Largest distance in layers between a layer and its source. Read by policy r_cla. null: any earlier layer can be
+    the source, as in the paper."""
+
     group_size: int = Field(default=2, gt=0)
+    """Number of layers in a group, which share the K/V of its first layer. Read by policies cla and rd_cla. The last
+    group may be smaller. 1: nothing is shared."""
+
     shared_layers: int = Field(default=1, ge=0)
+    """How many of the last layers share. Read by policy suffix. Smaller than model.num_layers. 0: nothing is shared."""
+
     keep_probs: Literal["uniform"] | list[Probability] = [1.0, 0.5, 0.25]
+    """Probabilities that a layer keeps its own K/V. Read by policy subset, which takes one of them at random for each
+    micro-batch; the first layer always keeps its own. uniform: the probability is drawn uniformly from 0 to 1."""
+
     kv_source_layers: list[int] | None = None
+    """The map itself: for each layer the number of the layer whose K/V it uses, its own number included. For 4 layers
+    in groups of two that is [0, 0, 2, 2]. Needed by policy fixed and refused with any other. A source must not come
+    later than the layer, and must use its own K/V."""
+
     within_stage: bool = False
+    """Whether sources must lie on the same pipeline stage, so that no K/V cross between stages. For slow links. It
+    CHANGES THE METHOD: the policy is applied to each stage on its own, the first layer of a stage never borrows, and
+    results depend on parallel.pipeline. Without effect on one stage; refused with policy fixed."""
 
     @field_validator("cross_prob")
     @classmethod

@@ -79,6 +79,27 @@ class RunConfig(Section):
         return self
 
     @property
+    def vocab_size(self) -> int:
+        """Number of tokens, without the rows that pad the embedding. Known once the tokenizer is: `for_vocabulary`."""
+        if self.model.vocab_size is None:
+            raise RuntimeError("model.vocab_size is not known yet: complete the configuration with for_vocabulary()")
+        return self.model.vocab_size
+
+    def for_vocabulary(self, num_tokens: int) -> "RunConfig":
+        """The complete configuration: with the vocabulary of a tokenizer of ``num_tokens`` where none was given.
+
+        Raises:
+            UserError: ``model.vocab_size`` is given and has no place for all tokens.
+        """
+        size = num_tokens if self.model.vocab_size is None else self.model.vocab_size
+        if size < num_tokens:
+            raise UserError(
+                f"model.vocab_size {size} is smaller than the {num_tokens} tokens of data.tokenizer "
+                f"'{self.data.tokenizer}': raise it, or leave model.vocab_size out"
+            )
+        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
+
+    @property
     def stages(self) -> tuple[range, ...]:
         """The layers of each pipeline stage, virtual stages included, in the order of execution."""
         return self.parallel.stages(self.model.num_layers)

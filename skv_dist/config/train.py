@@ -11,39 +11,125 @@ Retention = Annotated[float, Field(gt=0, le=1)]
 
 
 class TrainConfig(Section):
-    steps: int = Field(gt=0)
+    """The training loop: how long, in what batches, in which precision, and where its results go."""
+
+    steps: int = Field(gt=0, examples=[200])
+    """Number of optimizer steps of the whole run, those before a resume included."""
+
     seed: int = Field(default=1234, ge=0)
-    output_dir: str = Field(min_length=1)
-    global_batch_size: int = Field(gt=0)
-    micro_batch_size: int = Field(gt=0)
+    """Source of all randomness: initial weights, order of samples, held-out part, route tables and dropout."""
+
+    output_dir: str = Field(min_length=1, examples=["runs/tiny"])
+    """Folder for everything that the run writes. That is config.yaml (this configuration, complete), metrics.jsonl,
+    tensorboard and checkpoints. If it holds a run already, checkpoint.resume decides what happens."""
+
+    global_batch_size: int = Field(gt=0, examples=[32])
+    """Number of sequences in an optimizer step, over all replicas. A multiple of micro_batch_size times the number of
+    replicas."""
+
+    micro_batch_size: int = Field(gt=0, examples=[16])
+    """Number of sequences in one forward pass of a replica. They share one route table. A replica makes
+    global_batch_size / (micro_batch_size * replicas) such passes a step. Evaluations read it too."""
+
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Number format of weights and activations. skv-convert exports in it unless told otherwise.
+
+    - fp32: everything in float32.
+    - bf16: weights and activations in bfloat16; the weights that the optimizer updates, its state, and the sums of
+      gradients over micro-batches and replicas in float32."""
+
     recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it in memory.
+
+    - none: nothing.
+    - selective: the parts of each layer that recompute_modules names.
+    - full: each layer, of which only the input and borrowed K/V are kept."""
+
     recompute_modules: list[Literal["core_attn", "mlp"]] = ["core_attn"]
+    """Which parts of a layer are computed again. Read where recompute is selective. core_attn is attention between the
+    projections, mlp the whole MLP."""
+
     compile: bool = False
+    """Whether torch.compile makes kernels of the layers, the loss and the update. Faster on a GPU after a slow first
+    step. With parallel.tensor above 1 the matrix products of the layers stay as they are, and the update is compiled
+    only where ZeRO shards nothing. model.attention_dropout does not go with it where recompute is selective and repeats
+    core_attn."""
+
     max_skipped_steps: int = Field(default=10, gt=0)
+    """The run ends with an error when so many updates in a row were skipped. An update is skipped when the loss or the
+    gradient norm is not finite, or the loss is a spike (spike_factor)."""
+
     spike_factor: float | None = Field(default=2.0, gt=1)
+    """The update of a step is skipped when its loss exceeds this times the median of recent losses. null: no loss is
+    too large, as long as it is finite. There is no judgement before spike_window losses were accepted."""
+
     spike_window: int = Field(default=100, gt=1)
+    """Number of accepted losses that the median of spike_factor is taken over."""
+
     tensorboard: bool = True
+    """Whether metrics are written to output_dir/tensorboard too. metrics.jsonl is always written."""
+
     progress: bool = True
+    """Whether progress is shown on standard error: a bar on a terminal, elsewhere a line now and then."""
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(gt=0)
+    """The update: AdamW, and the learning rate over the run."""
+
+    lr: float = Field(gt=0, examples=[3.0e-3])
+    """Peak learning rate, which is reached at the end of the warm-up."""
+
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of Adam's running means: of the gradient, and of its square."""
+
     eps: float = Field(default=1e-8, gt=0)
+    """Number added to the root of the mean square, by which an update is divided."""
+
     weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay: each update takes this times the learning rate off a weight. On matrices and the
+    embedding only, not on norms and biases. 0: none."""
+
     clip_grad_norm: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient over all parameters. A longer gradient is scaled down to it. 0: no clipping."""
+
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """How the learning rate goes on after the warm-up, until train.steps.
+
+    - constant: it stays at lr.
+    - cosine: half a cosine from lr to lr * min_lr_ratio.
+    - linear: a straight line from lr to lr * min_lr_ratio.
+    - wsd: warm-up, stable, decay: constant at lr, then a straight line to lr * min_lr_ratio over the last
+      decay_fraction of the run."""
+
     warmup_steps: int | None = Field(default=None, ge=0)
+    """Number of steps over which the learning rate rises to lr in a straight line. null: warmup_fraction of
+    train.steps. 0: no warm-up."""
+
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    """Part of train.steps that is warm-up. Read where warmup_steps is null."""
+
     decay_fraction: float = Field(default=0.2, gt=0, le=1)
+    """Part of train.steps over which the learning rate falls at the end. Read by schedule wsd."""
+
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end of the run, relative to lr. Read by all schedules but constant."""
 
 
 class EvalConfig(Section):
+    """Evaluations during the run: the loss on held-out text at several sizes of the cache. skv-eval reads samples and
+    retention too, as its defaults."""
+
     every: int = Field(default=500, ge=0)
+    """Number of steps between evaluations. There is one after the last step as well. 0: no evaluations. Anything else
+    needs data.validation_sources or data.validation_fraction above 0."""
+
     samples: int = Field(default=64, gt=0)
+    """Number of validation sequences. Every evaluation takes the same ones."""
+
     retention: list[Retention] = [1.0, 0.5, 0.33, 0.25]
+    """Cache sizes to measure, as the part of the cache that is kept. At size r, groups of round(1 / r) layers share the
+    K/V of their first layer, whatever routing.policy is. Results are named by two decimals (eval/loss@0.50), in which
+    the sizes must differ."""
 
     @field_validator("retention")
     @classmethod

@@ -3,36 +3,18 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from skv_dist.config.data import DataConfig, SourceConfig
-from skv_dist.data.order import blended
-from skv_dist.data.packing import Sample, SequenceSet, split_prepared
-from skv_dist.data.stream import StreamingSet
-from skv_dist.data.token_set import PreparedSet
-from skv_dist.data.tokenize import cached_folder, prepare
-from skv_dist.data.tokenizer import Tokenizer
+from skv_dist.data.packing import Sample
 
 
 class Samples(Protocol):
     """An endless sequence of samples."""
 
     def __getitem__(self, position: int) -> Sample: ...
-
-
-class Blend:
-    """Several sets mixed by weight, in an order that is a pure function of (seed, position)."""
-
-    def __init__(self, sets: Sequence[Samples], weights: Sequence[float], seed: int) -> None:
-        self._sets, self._weights, self._seed = sets, weights, seed
-
-    def __getitem__(self, position: int) -> Sample:
-        source, within = blended(position, self._weights, self._seed)
-        return self._sets[source][within]
 
 
 @dataclass(frozen=True)
@@ -119,63 +101,3 @@ def prefetched(load: Callable[[int], list[MicroBatch]], begin: int, end: int, ah
             yield waiting.pop(0).result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _prepared_folder(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, wait: Callable[[], None]) -> Path:
-    if source.format == "prepared":
-        return Path(source.path).expanduser()
-    folder = cached_folder(source, tokenizer, config.cache_dir)
-    wait()  # rank 0 prepares while the others stand here
-    if not folder.exists():
-        prepare([source], tokenizer, folder, workers=config.prepare_workers, cache_dir=config.cache_dir)
-    return folder
-
-
-def open_data(
-    config: DataConfig, tokenizer: Tokenizer, seed: int, first_rank: bool, barrier: Callable[[], None]
-) -> tuple[Samples, Samples | None]:
-    """Training and validation samples of a run.
-
-    Args:
-        first_rank: True on the one process that prepares raw sources; the others wait for it.
-        barrier: returns once every process has called it.
-
-    Raises:
-        UserError: a source cannot be read, is empty or too short, or does not match the tokenizer.
-    """
-    fraction = 0.0 if config.validation_sources else config.validation_fraction
-    if config.streaming:
-
-        def stream(sources: list[SourceConfig], validation: bool) -> StreamingSet:
-            return StreamingSet(
-                sources, config, tokenizer, seed, validation=validation, fraction=fraction if not apart else 0.0
-            )
-
-        apart = bool(config.validation_sources)
-        train = stream(config.sources, validation=False)
-        if apart:
-            return train, stream(config.validation_sources, validation=False)
-        return train, stream(config.sources, validation=True) if fraction else None
-
-    def nothing() -> None:
-        return
-
-    def sets(sources: list[SourceConfig], share: float) -> list[tuple[SequenceSet, SequenceSet | None]]:
-        opened = []
-        for source in sources:
-            # Rank 0 enters the barrier after preparing, the others before looking.
-            folder = _prepared_folder(source, config, tokenizer, nothing if first_rank else barrier)
-            if first_rank and source.format != "prepared":
-                barrier()
-            opened.append(split_prepared(PreparedSet(folder, tokenizer), config, seed, source.path, share))
-        return opened
-
-    opened = sets(config.sources, fraction)
-    train_blend = Blend([train for train, _ in opened], [s.weight for s in config.sources], seed)
-    if config.validation_sources:
-        held = sets(config.validation_sources, 0.0)
-        return train_blend, Blend([train for train, _ in held], [s.weight for s in config.validation_sources], seed)
-    if fraction == 0:
-        return train_blend, None
-    validation = [part for _, part in opened if part is not None]
-    return train_blend, Blend(validation, [s.weight for s in config.sources], seed)

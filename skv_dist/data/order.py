@@ -47,8 +47,8 @@ def shuffled(index: int, size: int, seed: int, stream: str = "", epoch: int = 0)
 @lru_cache(maxsize=8)
 def _quotas(weights: tuple[float, ...]) -> tuple[int, ...]:
     """Whole samples of each source per block, by largest remainder, at least one each."""
-    total = sum(weights)
-    exact = [weight / total * _BLEND_BLOCK for weight in weights]
+    weight_sum = sum(weights)
+    exact = [weight / weight_sum * _BLEND_BLOCK for weight in weights]
     quotas = [max(1, int(share)) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda i: (quotas[i] - exact[i], i))
     for position in range(_BLEND_BLOCK - sum(quotas)):

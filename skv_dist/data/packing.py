@@ -9,6 +9,8 @@ from skv_dist.data.order import held_out, shuffled
 from skv_dist.data.token_set import PreparedSet
 from skv_dist.errors import UserError
 
+_VALIDATION = "/validation"  # ends the name by which a validation part is shuffled
+
 
 class Sample(NamedTuple):
     """One sequence and the token after it.
@@ -86,32 +88,39 @@ def split_prepared(
     Raises:
         UserError: a part holds no whole sequence.
     """
-    length = config.sequence_length
-    everything = np.arange(prepared.num_documents)
-
-    def check(size: int, what: str, tokens: int) -> None:
-        if size == 0:
-            raise UserError(
-                f"data source '{stream}': its {what} of {tokens} tokens holds no sequence of "
-                f"data.sequence_length {length} (+1): lower data.sequence_length, add data or change "
-                "data.validation_fraction"
-            )
-
+    all_documents = np.arange(prepared.num_documents)
     if config.validation_split == "sequence" or fraction == 0:
-        windows = PackedDocuments(prepared, everything, length)
-        mask = np.fromiter((held_out(i, fraction, seed, stream) for i in range(len(windows))), dtype=bool)
-        check(int((~mask).sum()), "training part", windows.num_tokens)
-        train = SequenceSet(windows, np.flatnonzero(~mask) if mask.any() else None, seed, stream)
+        windows = PackedDocuments(prepared, all_documents, config.sequence_length)
+        is_held_out = _drawn(len(windows), fraction, seed, stream)
+        _check_not_empty(int((~is_held_out).sum()), "training part", windows, config, stream)
+        train = SequenceSet(windows, np.flatnonzero(~is_held_out) if is_held_out.any() else None, seed, stream)
         if fraction == 0:
             return train, None
-        check(int(mask.sum()), "validation part", windows.num_tokens)
-        return train, SequenceSet(windows, np.flatnonzero(mask), seed, stream + "/validation")
+        _check_not_empty(int(is_held_out.sum()), "validation part", windows, config, stream)
+        return train, SequenceSet(windows, np.flatnonzero(is_held_out), seed, stream + _VALIDATION)
 
-    mask = np.fromiter((held_out(int(i), fraction, seed, stream) for i in everything), dtype=bool)
-    parts = []
-    for chosen, what in ((everything[~mask], "training part"), (everything[mask], "validation part")):
-        windows = PackedDocuments(prepared, chosen, length)
-        check(len(windows), f"{what} ({len(chosen)} of {len(everything)} documents)", windows.num_tokens)
-        suffix = "/validation" if what == "validation part" else ""
-        parts.append(SequenceSet(windows, None, seed, stream + suffix))
-    return parts[0], parts[1]
+    def documents(chosen: np.ndarray, part: str, name: str) -> SequenceSet:
+        windows = PackedDocuments(prepared, chosen, config.sequence_length)
+        described = f"{part} ({len(chosen)} of {len(all_documents)} documents)"
+        _check_not_empty(len(windows), described, windows, config, stream)
+        return SequenceSet(windows, None, seed, name)
+
+    is_held_out = _drawn(len(all_documents), fraction, seed, stream)
+    return (
+        documents(all_documents[~is_held_out], "training part", stream),
+        documents(all_documents[is_held_out], "validation part", stream + _VALIDATION),
+    )
+
+
+def _drawn(size: int, fraction: float, seed: int, stream: str) -> np.ndarray:
+    """bool [size]: which documents or windows are held out."""
+    return np.fromiter((held_out(index, fraction, seed, stream) for index in range(size)), dtype=bool)
+
+
+def _check_not_empty(num_sequences: int, part: str, windows: PackedDocuments, config: DataConfig, stream: str) -> None:
+    if num_sequences == 0:
+        raise UserError(
+            f"data source '{stream}': its {part} of {windows.num_tokens} tokens holds no sequence of "
+            f"data.sequence_length {config.sequence_length} (+1): lower data.sequence_length, add data or change "
+            "data.validation_fraction"
+        )

@@ -27,13 +27,13 @@ def _endless_documents(
         rows = rows.map(_number_rows, with_indices=True)
         if config.shuffle_buffer:
             rows = rows.shuffle(seed=seed + epoch, buffer_size=config.shuffle_buffer)
-        found = False
+        any_kept = False
         numbered = _Numbered(rows)
         for text in documents(source, numbered):
             if text and keep(numbered.index):
-                found = True
+                any_kept = True
                 yield text
-        if not found:
+        if not any_kept:
             raise UserError(
                 f"data source '{source.path}': an epoch has no document for this part: "
                 "check its content and data.validation_fraction"

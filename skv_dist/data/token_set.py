@@ -5,8 +5,6 @@ tools wrote can be put there) and ``meta.json``.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 from skv_dist import __version__
 from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
+from skv_dist.files import new_folder
 
 
 def _token_dtype(vocab_size: int) -> type[np.number]:
@@ -36,44 +35,32 @@ def write_prepared(out: Path, token_documents: Iterable[np.ndarray], tokenizer: 
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    if out.exists():
-        raise UserError(f"{out} exists already: remove it or choose another folder")
-    aside = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from error
-    try:
-        builder = IndexedDatasetBuilder(str(aside / "tokens.bin"), dtype=_token_dtype(tokenizer.vocab_size))
-        tokens = documents = 0
+    with new_folder(out) as unfinished:
+        builder = IndexedDatasetBuilder(str(unfinished / "tokens.bin"), dtype=_token_dtype(tokenizer.vocab_size))
+        num_tokens = num_documents = 0
         for ids in token_documents:
             if len(ids) == 0:
                 continue
             builder.add_item(torch.from_numpy(np.append(ids, tokenizer.end_of_document)))
             builder.end_document()
-            tokens += len(ids) + 1
-            documents += 1
-        if documents == 0:
+            num_tokens += len(ids) + 1
+            num_documents += 1
+        if num_documents == 0:
             named = ", ".join(str(source.get("path")) for source in sources)
             raise UserError(f"data source '{named}' holds no text: every document is empty")
-        builder.finalize(str(aside / "tokens.idx"))
+        builder.finalize(str(unfinished / "tokens.idx"))
         meta = {
             "format": 1,
             "tokenizer": tokenizer.name,
             "tokenizer_fingerprint": tokenizer.fingerprint(),
             "vocab_size": tokenizer.vocab_size,
             "end_of_document": tokenizer.end_of_document,
-            "documents": documents,
-            "tokens": tokens,
+            "documents": num_documents,
+            "tokens": num_tokens,
             "sources": sources,
             "skv_dist": __version__,
         }
-        (aside / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        os.replace(aside, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        (unfinished / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
 class PreparedSet:
@@ -108,9 +95,9 @@ class PreparedSet:
             )
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
         expected = int(self.offsets[-1]) * np.dtype(index.dtype).itemsize
-        found = (folder / "tokens.bin").stat().st_size
-        if found != expected:
-            raise UserError(f"prepared data {folder}: tokens.bin has {found} bytes where tokens.idx says {expected}")
+        num_bytes = (folder / "tokens.bin").stat().st_size
+        if num_bytes != expected:
+            raise UserError(f"prepared data {folder}: tokens.bin has {num_bytes} bytes, tokens.idx says {expected}")
         self.tokens = np.memmap(folder / "tokens.bin", dtype=index.dtype, mode="r")
 
     @property

@@ -35,7 +35,7 @@ def sample_text(
     ids = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.end_of_document]
     begin = len(ids)
     generator = torch.Generator().manual_seed(seed)
-    engine.root.eval()
+    engine.model.eval()
     for _ in range(new_tokens):
         seen = ids[-max_length:]
         padded = seen + [tokenizer.end_of_document] * (-len(seen) % multiple)

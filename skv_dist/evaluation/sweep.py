@@ -6,7 +6,7 @@ from skv_dist.config.run import RunConfig
 from skv_dist.data.batches import MicroBatch, Samples, micro_batches
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.groups import World
-from skv_dist.parallel.run_batch import count_tokens, run_batch
+from skv_dist.parallel.run_batch import count_predictions, run_batch
 from skv_dist.routing import RoutePlan, map_from_retention
 
 
@@ -34,11 +34,13 @@ def evaluation_batches(run: RunConfig, world: World, samples: Samples) -> list[M
 
 
 def sweep(
-    engine: Engine, run: RunConfig, world: World, batches: list[MicroBatch], plans: Mapping[str, RoutePlan]
+    engine: Engine, run: RunConfig, batches: list[MicroBatch], plans: Mapping[str, RoutePlan]
 ) -> dict[str, float]:
     """Mean loss in nats per token under each plan, the same on all ranks. Collective."""
-    tokens = count_tokens(batches)
-    return {
-        name: run_batch(engine, run, batches, [plan] * len(batches), tokens=tokens, train=False).loss.item()
-        for name, plan in plans.items()
-    }
+    num_predictions = count_predictions(batches)
+    losses = {}
+    for name, plan in plans.items():
+        same_plan = [plan] * len(batches)
+        outcome = run_batch(engine, run, batches, same_plan, num_predictions=num_predictions, train=False)
+        losses[name] = outcome.loss.item()
+    return losses

@@ -1,7 +1,7 @@
 """Attention whose K/V may come from an earlier layer.
 
 The routing point is behind the norms and rotary positions: what a layer lends is the object that a cache would hold
-(METHOD.md). Megatron's `SelfAttention` gives the projections and the tensor-parallel split; only the walk through
+(docs/method.md). Megatron's `SelfAttention` gives the projections and the tensor-parallel split; only the walk through
 them is ours, so that K/V are arguments and results instead of hidden state.
 """
 
@@ -96,7 +96,7 @@ class RoutedSelfAttention(SelfAttention):
     """Megatron's self-attention with K/V as explicit input and output. Works over the local and the TE spec."""
 
     # Set once by the chunk from train.recompute, not through Megatron's config: Megatron's own recompute region would
-    # hold the borrowed K/V by closure, and their gradients would vanish without an error (RECIPE.md).
+    # hold the borrowed K/V by closure, and their gradients would vanish without an error (docs/pitfalls.md).
     recompute_core = False
     value_norm_eps: float | None = None  # of a norm without weight on each head's values, where the block has one
 
@@ -106,7 +106,7 @@ class RoutedSelfAttention(SelfAttention):
         rotary: torch.Tensor,
         mask: Any,
         borrowed: KV | None,
-        read_by_others: bool,
+        lends: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, KV | None]:
         """Attend to own or borrowed K/V.
 
@@ -115,21 +115,21 @@ class RoutedSelfAttention(SelfAttention):
             rotary: see `skv_dist.model.rotary.rotary_table`.
             mask: see `SdpaCoreAttention`.
             borrowed: K/V of the source layer; None to use this layer's own.
-            read_by_others: whether a later layer reads this layer's own K/V.
+            lends: whether a later layer reads this layer's own K/V.
 
         Returns:
-            Output of the projection (shape of ``hidden``), its bias if any, and this layer's own K/V if a later layer
-            reads them.
+            Output of the projection (shape of ``hidden``), its bias if any, and this layer's own K/V if it lends
+            them.
         """
-        if borrowed is not None and not read_by_others and self._can_leave_out():
-            query, unread = self._query_alone(hidden)
+        if borrowed is not None and not lends and self._can_project_queries_alone():
+            query, unread = self._queries_alone(hidden)
             own = None
         else:
             query, key, value = self.get_query_key_value_tensors(hidden)
             if self.value_norm_eps is not None:
                 value = F.rms_norm(value, value.shape[-1:], eps=self.value_norm_eps)
             own = KV(rotate(key, rotary), value)
-            unread = () if borrowed is None or read_by_others else (own.key, own.value)
+            unread = () if borrowed is None or lends else (own.key, own.value)
         query = rotate(query, rotary)
         used = borrowed or own
         assert used is not None
@@ -140,18 +140,18 @@ class RoutedSelfAttention(SelfAttention):
         else:
             context = self._core(query, used.key, used.value, mask)
         output, bias = self.linear_proj(keep_in_graph(context, *unread))
-        return output, bias, own if read_by_others else None
+        return output, bias, own if lends else None
 
-    def _can_leave_out(self) -> bool:
+    def _can_project_queries_alone(self) -> bool:
         """Not with Transformer Engine's projection, nor where several ranks share the rows of one group."""
         return isinstance(self.linear_qkv, QkvLinear) and self.config.num_query_groups >= self.world_size
 
-    def _query_alone(self, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def _queries_alone(self, hidden: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """Queries [s, b, q, d] where nobody reads this layer's K/V, and what must get a zero gradient."""
         groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         heads = self.num_attention_heads_per_partition
         rows, _ = self.linear_qkv(hidden, queries_only=(groups, heads // groups))
-        query = rows.unflatten(-1, (heads, width))
+        query = rows.unflatten(-1, (heads, width))  # [s, b, q * d] -> [s, b, q, d]
         if not self.config.qk_layernorm:
             return query, ()
         # The norm of one key that is zero hands its weight the zero gradient. It must hang on an input with a gradient:

@@ -16,39 +16,48 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
     Megatron's version keeps the softmax of all tokens in fp32: for 16k tokens and a vocabulary of 152k that is 10 GB.
     Here fp32 exists only for a block of rows at a time, in both passes; compiled, only in registers.
+
+    Axes: s sequence, b batch, n = s * b tokens, v vocabulary on this rank.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, valid: int, group: Any, compiled: bool
     ) -> torch.Tensor:
-        rows = logits.view(-1, logits.shape[-1])
-        local = labels.reshape(-1) - first
-        mine = (local >= 0) & (local < valid)
-        local = torch.where(mine, local, 0)[:, None]
-        maximum = torch.full((rows.shape[0],), float("-inf"), dtype=torch.float32, device=rows.device)
-        total, label = torch.zeros_like(maximum), torch.zeros_like(maximum)
+        """logits [s, b, v], labels [s, b] -> [s, b].
+
+        Args:
+            first: vocabulary entry of this rank's first column.
+            valid: columns that are no padding.
+        """
+        rows = logits.view(-1, logits.shape[-1])  # [n, v]
+        column = labels.reshape(-1) - first  # [n]
+        is_local = (column >= 0) & (column < valid)  # [n]: this rank has the label's logit
+        column = torch.where(is_local, column, 0)[:, None]  # [n, 1]
+        maximum = torch.full((rows.shape[0],), float("-inf"), dtype=torch.float32, device=rows.device)  # [n]
+        exp_sum, label_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)  # [n] each
         if valid > 0:
             statistics = _compiled(_statistics) if compiled else _statistics
             parts = [statistics(block[:, :valid]) for block in _blocks(rows, compiled)]
-            maximum, total = map(torch.cat, zip(*parts))
-            label = rows.gather(1, local).squeeze(1).float() * mine
+            maximum, exp_sum = map(torch.cat, zip(*parts))
+            label_logit = rows.gather(1, column).squeeze(1).float() * is_local
         if group is not None:
             highest = maximum.clone()
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-            sums = torch.stack([total * (maximum - highest).exp(), label])
+            sums = torch.stack([exp_sum * (maximum - highest).exp(), label_logit])  # [2, n]
             dist.all_reduce(sums, group=group)
-            maximum, (total, label) = highest, sums
-        log_normalizer = maximum + total.log()
-        ctx.save_for_backward(logits, log_normalizer, label, local, mine)
+            maximum, (exp_sum, label_logit) = highest, sums
+        log_normalizer = maximum + exp_sum.log()
+        ctx.save_for_backward(logits, log_normalizer, label_logit, column, is_local)
         ctx.valid, ctx.compiled = valid, compiled
-        return (log_normalizer - label).view_as(labels)
+        return (log_normalizer - label_logit).view_as(labels)  # [n] -> [s, b]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits, log_normalizer, label, local, mine = ctx.saved_tensors
-        rows, valid = logits.view(-1, logits.shape[-1]), ctx.valid
-        weight = grad.reshape(-1).float()
+        """grad [s, b] -> the logits' own memory [s, b, v], which now holds their gradient."""
+        logits, log_normalizer, label_logit, column, is_local = ctx.saved_tensors
+        rows, valid = logits.view(-1, logits.shape[-1]), ctx.valid  # [n, v]
+        weight = grad.reshape(-1).float()  # [n]
         with torch.no_grad():
             to_gradient_ = _compiled(_to_gradient_) if ctx.compiled else _to_gradient_
             blocks = _blocks(rows, ctx.compiled)
@@ -56,21 +65,21 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             for block, normalizers, weights in zip(blocks, log_normalizer.split(sizes), weight.split(sizes)):
                 to_gradient_(block[:, :valid], normalizers, weights)
             if valid > 0:
-                of_label = ((label - log_normalizer).exp() - 1) * weight
-                kept = rows.gather(1, local)
-                rows.scatter_(1, local, torch.where(mine[:, None], of_label[:, None].to(rows.dtype), kept))
+                of_label = ((label_logit - log_normalizer).exp() - 1) * weight  # [n]
+                softmax_part = rows.gather(1, column)  # [n, 1]
+                rows.scatter_(1, column, torch.where(is_local[:, None], of_label[:, None].to(rows.dtype), softmax_part))
             rows[:, valid:] = 0
         return logits, None, None, None, None, None
 
 
 def _statistics(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row the maximum and the sum of exp(logit - maximum), float32."""
+    """rows [m, v] -> of each row the maximum and the sum of exp(logit - maximum), float32 [m]."""
     maximum = rows.amax(dim=-1).float()
     return maximum, (rows.float() - maximum[:, None]).exp().sum(dim=-1)
 
 
 def _to_gradient_(rows: torch.Tensor, log_normalizer: torch.Tensor, weight: torch.Tensor) -> None:
-    """Logits to softmax times ``weight``, in place."""
+    """rows [m, v]: logits to softmax times ``weight`` [m], in place."""
     rows.copy_((rows.float() - log_normalizer[:, None]).exp() * weight[:, None])
 
 
@@ -80,7 +89,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _blocks(rows: torch.Tensor, compiled: bool) -> Sequence[torch.Tensor]:
-    """Of equal size if compiled, so that there is one shape to compile for."""
+    """rows [n, v] cut along n; in equal parts if compiled, so that there is one shape to compile for."""
     if compiled:
         return rows.chunk(-(-rows.numel() // _INDEXABLE))
     return rows.split(max(1, _CHUNK_BYTES // (4 * rows.shape[1])))

@@ -6,6 +6,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from skv_dist.config.blocks import BlockStyle
 from skv_dist.model.attention import KV
 from skv_dist.model.norm import RMSNorm
 from skv_dist.model.swiglu import swiglu
@@ -23,19 +24,23 @@ class RoutedLayer(TransformerLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Norms of what attention and MLP add to the residual stream, where the block has them (`become_gemma4`).
+        # Norms of what attention and MLP add to the residual stream, where the block has them (`apply_style`).
         self.post_attention_norm: torch.nn.Module = torch.nn.Identity()
         self.post_mlp_norm: torch.nn.Module = torch.nn.Identity()
 
-    def become_gemma4(self, eps: float) -> None:
-        """Gemma 4's block in its plain form: norms also behind attention and MLP, values normed, scores not scaled.
+    def apply_style(self, style: BlockStyle, eps: float) -> None:
+        """Make of the plain block the one that ``style`` describes.
 
-        As transformers' ``Gemma4TextDecoderLayer`` without per-layer inputs, experts and sliding windows.
+        Args:
+            eps: of the norms that the style adds.
         """
-        self.post_attention_norm = RMSNorm(self.config, self.config.hidden_size, eps)
-        self.post_mlp_norm = RMSNorm(self.config, self.config.hidden_size, eps)
-        self.self_attention.value_norm_eps = eps
-        self.self_attention.core_attention.softmax_scale = 1.0
+        if style.post_norms:
+            self.post_attention_norm = RMSNorm(self.config, self.config.hidden_size, eps)
+            self.post_mlp_norm = RMSNorm(self.config, self.config.hidden_size, eps)
+        if style.value_norm:
+            self.self_attention.value_norm_eps = eps
+        if style.score_scale is not None:
+            self.self_attention.core_attention.softmax_scale = style.score_scale
 
     def forward(
         self,
@@ -43,10 +48,10 @@ class RoutedLayer(TransformerLayer):
         rotary: torch.Tensor,
         mask: Any,
         borrowed: KV | None,
-        read_by_others: bool,
+        lends: bool,
     ) -> tuple[torch.Tensor, KV | None]:
-        """hidden [s, b, h] (or [s/t, b, h]) -> the same shape, and this layer's own K/V if a later layer reads them."""
-        attended, bias, own = self.self_attention(self.input_layernorm(hidden), rotary, mask, borrowed, read_by_others)
+        """hidden [s, b, h] (or [s/t, b, h]) -> the same shape, and this layer's own K/V if it lends them."""
+        attended, bias, own = self.self_attention(self.input_layernorm(hidden), rotary, mask, borrowed, lends)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         hidden = add((self.post_attention_norm(attended), bias), hidden, self.hidden_dropout)
 

@@ -50,8 +50,22 @@ def transformer_impl(run: RunConfig) -> str:
     if asked != "auto":
         return asked
     # Our document mask, our compiled layers and other blocks are made for the local spec.
-    local = run.data.reset_attention or run.train.compile or run.model.block != "llama"
+    local = run.data.reset_attention or run.train.compile or run.model.block_style.local_only
     return "transformer_engine" if has_transformer_engine() and not local else "local"
+
+
+def check_device(run: RunConfig) -> None:
+    """Refuse to train where the device of this machine would leave out what the configuration asks for.
+
+    Raises:
+        UserError: naming both keys and the cure.
+    """
+    if torch.cuda.is_available() and run.data.reset_attention and run.model.attention_dropout:
+        raise UserError(
+            f"data.reset_attention: true and model.attention_dropout {run.model.attention_dropout} do not work "
+            "together on a GPU, whose kernel for attention within documents knows no dropout: set "
+            "model.attention_dropout=0 (and, to go on with an earlier run, name it in checkpoint.allow_changed)"
+        )
 
 
 def transformer_config(run: RunConfig) -> TransformerConfig:
@@ -92,7 +106,7 @@ def transformer_config(run: RunConfig) -> TransformerConfig:
         persist_layer_norm=False,
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=True,
-        # Two stages with chunks would mix up their transfers without the overlap (RECIPE.md, trap 1); 1F1B refuses it.
+        # Two stages with chunks would mix up their transfers without the overlap (docs/pitfalls.md); 1F1B refuses it.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         microbatch_group_size_per_vp_stage=parallel.pipeline,

@@ -19,6 +19,7 @@ class QkvLinear(ColumnParallelLinear):
         if queries_only is None:
             return super().forward(input_, *rest)
         groups, queries = queries_only
+        # [groups * (queries + 2) * d, h] -> [groups * queries * d, h]
         weight = self.weight.unflatten(0, (groups, queries + 2, -1))[:, :queries].flatten(0, 2)
         # As in Megatron's own forward; over one rank there is nothing to reduce or gather.
         out = linear_with_grad_accumulation_and_async_allreduce(

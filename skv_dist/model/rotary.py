@@ -31,7 +31,7 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
 def rotary_table(inverse: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
     """[2, s, 1, 1, d]: cosines and sines for `rotate`, computed in float32 and rounded to ``dtype`` once."""
     positions = torch.arange(length, device=inverse.device, dtype=torch.float32)
-    angles = torch.outer(positions, inverse).repeat(1, 2)[:, None, None, :]
+    angles = torch.outer(positions, inverse).repeat(1, 2)[:, None, None, :]  # [s, d/2] -> [s, 1, 1, d]
     return torch.stack([angles.cos(), angles.sin()]).to(dtype)
 
 
@@ -40,5 +40,5 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     ``apply_rotary_pos_emb``, which would take cosines and sines anew in every layer.
     """
     cosine, sine = table.unbind()
-    first, second = x.chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)  # [s, b, heads, d/2] each
     return x * cosine + torch.cat([-second, first], dim=-1) * sine

@@ -16,7 +16,7 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, joint: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(joint)
-        gate, up = joint.unflatten(-1, (2, -1)).unbind(-2)
+        gate, up = joint.unflatten(-1, (2, -1)).unbind(-2)  # [..., 2 * f] -> twice [..., f]
         return F.silu(gate) * up
 
     @staticmethod
@@ -26,7 +26,7 @@ class _SwiGlu(torch.autograd.Function):
         sigmoid = gate.sigmoid()
         is_gate = torch.arange(2, device=joint.device)[:, None] == 0
         slope = torch.where(is_gate, up * (1 + gate * (1 - sigmoid)), gate)  # [..., 2, f]
-        return (grad.float()[..., None, :] * sigmoid * slope).flatten(-2).to(joint.dtype)
+        return (grad.float()[..., None, :] * sigmoid * slope).flatten(-2).to(joint.dtype)  # [..., 2 * f]
 
 
 def swiglu(joint: torch.Tensor) -> torch.Tensor:

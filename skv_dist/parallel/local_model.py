@@ -1,8 +1,9 @@
-"""Building the chunks of one rank, with weights and gradient bookkeeping that hold in every layout."""
+"""The chunks of one rank as one module: built, with gradient bookkeeping that holds in every layout, and packed for
+the wire."""
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -11,29 +12,68 @@ from megatron.core import parallel_state
 from skv_dist.config.run import RunConfig
 from skv_dist.model.chunk import RoutedChunk
 from skv_dist.model.initialize import initial_value
-from skv_dist.parallel.tensor_split import full_shape, kind_of, take
+from skv_dist.parallel.tensor_split import Replicated, split_of
+from skv_dist.parallel.wire.packing import Packing
+from skv_dist.routing import RoutePlan
 
 
-class Root(torch.nn.Module):
+class LocalModel(torch.nn.Module):
     """All chunks of this rank under one module, so that one engine owns their parameters."""
 
-    def __init__(self, chunks: list[RoutedChunk]) -> None:
+    def __init__(self, chunks: list[RoutedChunk], packing: Packing) -> None:
         super().__init__()
         self.chunks = torch.nn.ModuleList(chunks)
-        self.on_backward: Callable[[], None] | None = None  # called when the backward of any forward begins
+        self._packing = packing
+        self.on_backward: Callable[[], None] | None = None  # called when the backward of a forward begins
 
-    def forward(self, index: int | None, *args: Any) -> torch.Tensor:
-        """Run chunk ``index``; None: return a scalar whose gradient by the embedding is the one given (`TiedHead`)."""
-        if index is None:
-            first: Any = self.chunks[0]
-            (gradient,) = args
-            out = (first.embedding.weight * gradient).sum()
-        else:
-            out = self.chunks[index](*args)
+    def routed_chunks(self) -> list[RoutedChunk]:
+        """The chunks, in the order of execution."""
+        return cast(list[RoutedChunk], list(self.chunks))
+
+    def forward(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        """``function(*args)``, where it is a method of this model.
+
+        Every computation enters here, so that the hooks of whatever owns the parameters see all of them.
+        """
+        out = function(*args)
         if self.on_backward is not None and out.requires_grad:
-            called = self.on_backward
-            out.register_hook(lambda grad: called())
+            begins = self.on_backward
+            out.register_hook(lambda grad: begins())
         return out
+
+    def run_chunk(
+        self,
+        index: int,
+        plan: RoutePlan,
+        tokens: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        received: torch.Tensor | None = None,
+        width: int | None = None,
+    ) -> torch.Tensor:
+        """Run chunk ``index`` between two ends of the wire.
+
+        Args:
+            plan, tokens, labels, documents: see `RoutedChunk.forward`.
+            received: what the chunk before returned, [s/t, b, width]; None for the first.
+            width: columns to pad the result to, where a chunk follows; None: as many as it needs.
+
+        Returns:
+            Of the last chunk losses [b, s] or logits [b, s, V]; of the others the hidden state and the K/V that later
+            chunks read, packed: [s/t, b, width].
+        """
+        chunk = self.routed_chunks()[index]
+        hidden, live = None, None
+        if received is not None:
+            hidden, live = self._packing.unpack(received, plan.live_after(chunk.numbers.start - 1))
+        out, live = chunk(plan, tokens, labels, documents, hidden, live)
+        if not chunk.has_head:
+            out = self._packing.pack(out, live, plan.live_after(chunk.numbers.stop - 1), width)
+        return out
+
+    def dot_with_embedding(self, gradient: torch.Tensor) -> torch.Tensor:
+        """A scalar whose gradient by the embedding's weight [v, h] is ``gradient``, of the same shape."""
+        return (self.routed_chunks()[0].embedding.weight * gradient).sum()
 
     @property
     def device(self) -> torch.device:
@@ -56,75 +96,66 @@ def partitioned_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def build_root(run: RunConfig, vocab_size: int, device: torch.device, context: Any = None) -> Root:
+def build_local_model(run: RunConfig, device: torch.device, context: Any = None) -> LocalModel:
     """The model of this rank on ``device``: marked, with gradient hooks, weights not yet set.
 
     Args:
+        run: the complete configuration; process groups must exist.
         context: entered while modules are built (``deepspeed.zero.Init`` for ZeRO-3).
     """
+    stage, num_stages = parallel_state.get_pipeline_model_parallel_rank(), run.parallel.pipeline
     with context or contextlib.nullcontext():
-        root = Root(list(_chunks(run, vocab_size)))
+        chunks = [RoutedChunk(run, numbers) for numbers in run.stages[stage::num_stages]]
+        model = LocalModel(chunks, Packing.of(run))
     if context is None:
-        root.to(device)
-    mark_parameters(root, run)
-    add_gradient_sums(root)
+        model.to(device)
+    mark_split_parameters(model, run)
+    add_gradient_sums(model)
     if run.train.compile:
-        chunk: Any
-        for chunk in root.chunks:
+        for chunk in chunks:
             chunk.compile_layers()
-    return root
+    return model
 
 
-def _chunks(run: RunConfig, vocab_size: int) -> Iterator[RoutedChunk]:
-    stage, size = parallel_state.get_pipeline_model_parallel_rank(), run.parallel.pipeline
-    for number, layers in enumerate(run.stages[stage::size]):
-        chunk = RoutedChunk(run, vocab_size, layers.start, layers.stop)
-        if run.parallel.virtual_pipeline > 1:
-            chunk.vp_stage = number
-        yield chunk
-
-
-def mark_parameters(root: Root, run: RunConfig) -> None:
+def mark_split_parameters(model: LocalModel, run: RunConfig) -> None:
     """Say of each parameter whether tensor-parallel ranks hold different parts of it.
 
     The gradient norm counts a parameter once: on every rank where it is split, else on the first. Megatron sets this
     mark only together with its own initialization, which we do not use.
     """
-    for name, parameter in root.named():
-        parameter.tensor_model_parallel = kind_of(name, run.model.gated) != "replicated"  # type: ignore[attr-defined]
+    for name, parameter in model.named():
+        is_split = not isinstance(split_of(name, run), Replicated)
+        parameter.tensor_model_parallel = is_split  # type: ignore[attr-defined]
 
 
-def add_gradient_sums(root: Root) -> None:
+def add_gradient_sums(model: LocalModel) -> None:
     """Sum over tensor-parallel ranks the gradients of replicated parameters that each rank sees only a part of.
 
     These are the parameters that sequence parallelism shows a part of the positions, and q/k-norms, which see this
-    rank's heads only. DeepSpeed does neither; one hook per parameter suits every ZeRO stage (RECIPE.md).
+    rank's heads only. DeepSpeed does neither; one hook per parameter suits every ZeRO stage (docs/pitfalls.md).
     """
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return
 
-    def summed(grad: torch.Tensor) -> torch.Tensor:
-        total = grad.float()
-        if total is grad:
-            total = grad.clone()  # autograd may share a gradient among several users
-        dist.all_reduce(total, group=group)
-        return total.to(grad.dtype)
+    def sum_over_ranks(grad: torch.Tensor) -> torch.Tensor:
+        summed = grad.float()
+        if summed is grad:
+            summed = grad.clone()  # autograd may share a gradient among several users
+        dist.all_reduce(summed, group=group)
+        return summed.to(grad.dtype)
 
-    for name, parameter in root.named():
-        sees_part = "q_layernorm" in name or "k_layernorm" in name
-        if sees_part or getattr(parameter, "sequence_parallel", False):
-            parameter.register_hook(summed)
+    for name, parameter in model.named():
+        sees_some_heads = "q_layernorm" in name or "k_layernorm" in name
+        if sees_some_heads or getattr(parameter, "sequence_parallel", False):
+            parameter.register_hook(sum_over_ranks)
 
 
-def local_initial_values(
-    run: RunConfig, root: Root, vocab_size: int
-) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+def local_initial_values(run: RunConfig, model: LocalModel) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
     """Each parameter with its initial value on this rank, one at a time, float32 on the CPU."""
     rank = parallel_state.get_tensor_model_parallel_rank()
-    size = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in root.named():
-        local = partitioned_shape(parameter)
-        kind = kind_of(name, run.model.gated)
-        full = initial_value(name, full_shape(local, kind, size, vocab_size), run.model, run.train.seed)
-        yield parameter, take(full, kind, rank, size, local)
+    for name, parameter in model.named():
+        part = partitioned_shape(parameter)
+        split = split_of(name, run)
+        full = initial_value(name, split.full_shape(part), run.model, run.train.seed)
+        yield parameter, split.take(full, rank, part)

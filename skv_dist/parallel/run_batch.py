@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,8 @@ from skv_dist.config.run import RunConfig
 from skv_dist.data.batches import MicroBatch
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.wire.communicator import WireCommunicator
-from skv_dist.parallel.wire.widths import wire_widths
+from skv_dist.parallel.wire.port import ChunkPort
+from skv_dist.parallel.wire.widths import WireWidths, wire_widths
 from skv_dist.routing import RoutePlan
 
 Work = tuple[MicroBatch, RoutePlan]
@@ -33,7 +33,7 @@ class BatchOutcome:
     wire_bytes: int
 
 
-def count_tokens(batches: Sequence[MicroBatch]) -> torch.Tensor:
+def count_predictions(batches: Sequence[MicroBatch]) -> torch.Tensor:
     """Number of predictions that count, over all micro-batches of all replicas: float64 scalar on their device."""
     count = torch.stack([batch.loss_mask.sum(dtype=torch.float64) for batch in batches]).sum()
     group = parallel_state.get_data_parallel_group()
@@ -48,7 +48,7 @@ def run_batch(
     batches: Sequence[MicroBatch],
     plans: Sequence[RoutePlan],
     *,
-    tokens: torch.Tensor,
+    num_predictions: torch.Tensor,
     train: bool,
 ) -> BatchOutcome:
     """Run the micro-batches of one global batch that fall to this replica.
@@ -58,57 +58,87 @@ def run_batch(
     Args:
         batches: this replica's micro-batches, on the device.
         plans: the route plan of each.
-        tokens: predictions that count in the whole global batch (`count_tokens`).
+        num_predictions: predictions that count in the whole global batch (`count_predictions`).
         train: also run backward, leaving gradients in the engine.
     """
-    replicas = parallel_state.get_data_parallel_world_size()
-    # Gradients are averaged over replicas afterwards.
-    tokens = tokens.clamp(min=1.0)
-    scale = (replicas / tokens).float()
-    chunks: list[Any] = list(engine.root.chunks)
+    num_predictions = num_predictions.clamp(min=1.0)
+    work = list(zip(batches, plans, strict=True))
     widths = wire_widths(run, plans)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    ports = _ports(engine)
+    communicator = WireCommunicator(
+        parallel_state.get_pipeline_model_parallel_group(),
+        ports[0].config,
+        incoming=widths.behind(stage - 1),
+        outgoing=widths.behind(stage),
+    )
+    if engine.model.training != train:  # train() walks through all modules
+        engine.model.train(train)
+    with torch.set_grad_enabled(train):
+        summed_losses = _run_schedule(engine, ports, work, widths, communicator, _loss_scale(num_predictions), train)
+    if train:
+        engine.add_tied_gradient()
+    loss_sum = _over_all_ranks(summed_losses, batches[0].tokens.device)
+    return BatchOutcome((loss_sum / num_predictions).float(), communicator.sent_bytes)
 
-    def forward_step(work: Iterator[Work], chunk: Any) -> tuple[torch.Tensor, Any]:
-        batch, plan = next(work)
+
+def _ports(engine: Engine) -> list[ChunkPort]:
+    chunks = engine.model.routed_chunks()
+    return [ChunkPort(chunk, index, len(chunks)) for index, chunk in enumerate(chunks)]
+
+
+def _loss_scale(num_predictions: torch.Tensor) -> torch.Tensor:
+    """What a sum of losses is multiplied by before its backward: engines average gradients over replicas afterwards."""
+    return (parallel_state.get_data_parallel_world_size() / num_predictions).float()
+
+
+def _run_schedule(
+    engine: Engine,
+    ports: list[ChunkPort],
+    work: Sequence[Work],
+    widths: WireWidths,
+    communicator: WireCommunicator,
+    loss_scale: torch.Tensor,
+    train: bool,
+) -> list[torch.Tensor]:
+    """Run Megatron's schedule; on the last stage the summed loss of each micro-batch, elsewhere nothing."""
+
+    def forward_step(waiting: Iterator[Work], port: ChunkPort) -> tuple[torch.Tensor, object]:
+        batch, plan = next(waiting)
         out = engine.forward(
-            chunk.vp_stage or 0, plan, batch.tokens, batch.labels, batch.documents, chunk.take_input(), widths.padded
+            port.index, plan, batch.tokens, batch.labels, batch.documents, port.take_input(), widths.padded
         )
 
-        def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            total = (output * batch.loss_mask).sum()
+        def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            """losses [b, s] -> what backward begins from, a count of tokens, and what the schedule returns."""
+            summed = (losses * batch.loss_mask).sum()
             # Megatron would count tokens and divide by them; the division is already in our scale.
-            return total * scale, torch.zeros([], dtype=torch.int, device=total.device), total.detach()
+            return summed * loss_scale, torch.zeros([], dtype=torch.int, device=summed.device), summed.detach()
 
         return out, loss
 
-    if engine.root.training != train:  # it walks through all modules
-        engine.root.train(train)
-    stage, last = parallel_state.get_pipeline_model_parallel_rank(), run.parallel.pipeline - 1
-    communicator = WireCommunicator(
-        parallel_state.get_pipeline_model_parallel_group(),
-        chunks[0].config,
-        widths.behind(stage - 1),
-        widths.behind(stage),
+    interleaved = len(ports) > 1
+    tokens = work[0][0].tokens  # [b, s]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(work) for _ in ports] if interleaved else iter(work),
+        model=ports if interleaved else ports[0],
+        num_microbatches=len(work),
+        seq_length=tokens.shape[1],
+        micro_batch_size=tokens.shape[0],
+        forward_only=not train,
+        p2p_communicator=communicator,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
-    interleaved = len(chunks) > 1
-    work = list(zip(batches, plans, strict=True))
-    with torch.set_grad_enabled(train):
-        totals = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(work) for _ in chunks] if interleaved else iter(work),
-            model=chunks if interleaved else chunks[0],
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
-            micro_batch_size=batches[0].tokens.shape[0],
-            forward_only=not train,
-            p2p_communicator=communicator,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
-    if train:
-        engine.add_tied_gradient()
-    total = torch.stack(totals).sum() if stage == last else torch.zeros([], device=batches[0].tokens.device)
+
+
+def _over_all_ranks(summed_losses: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The sum of the losses of the global batch, on all ranks. The last stage knows those of its replica."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    last = group.size() - 1
+    is_last = parallel_state.get_pipeline_model_parallel_rank() == last
+    loss_sum = torch.stack(list(summed_losses)).sum() if is_last else torch.zeros([], device=device)
     if last:
-        group = parallel_state.get_pipeline_model_parallel_group()
-        dist.broadcast(total, dist.get_global_rank(group, last), group=group)
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    return BatchOutcome((total / tokens).float(), communicator.sent_bytes)
+        dist.broadcast(loss_sum, dist.get_global_rank(group, last), group=group)
+    dist.all_reduce(loss_sum, group=parallel_state.get_data_parallel_group())
+    return loss_sum

@@ -9,6 +9,8 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from skv_dist.checkpoint.save import Saver
+
 Metrics = dict[str, float | int]
 
 
@@ -34,6 +36,24 @@ class Evaluation(Callback):
     def on_step(self, step: int, metrics: Metrics) -> None:
         if step % self._every == 0 or step == self._steps:
             metrics.update({f"eval/{name}": value for name, value in self._evaluate().items()})
+
+
+class Checkpoints(Callback):
+    """Saves every so many steps, and adds the seconds that training stood still for it to the metrics.
+
+    Args:
+        every: steps between checkpoints; 0: none.
+        state: what a checkpoint keeps of the run beside weights and optimizer state.
+    """
+
+    def __init__(self, saver: Saver, every: int, state: Callable[[], dict[str, Any]]) -> None:
+        self._saver, self._every, self._state = saver, every, state
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        if self._every and step % self._every == 0:
+            began = time.perf_counter()
+            self._saver.save(step, self._state())
+            metrics["checkpoint/stall_seconds"] = time.perf_counter() - began
 
 
 class JsonLines(Callback):

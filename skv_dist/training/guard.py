@@ -1,4 +1,4 @@
-"""Leaves out steps that would harm the model, and gives up when there are too many."""
+"""Skips updates that would harm the model, and gives up when there are too many."""
 
 import math
 import statistics
@@ -35,7 +35,7 @@ class Guard:
         return statistics.median(self._accepted)
 
     def objection(self, loss: float) -> str | None:
-        """Why the update should be left out; None if it may be made: where ``loss`` is finite and within `limit`."""
+        """Why the update should be skipped; None if it may be made: where ``loss`` is finite and within `limit`."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if loss > self.limit:
@@ -46,7 +46,7 @@ class Guard:
         """Note what became of a step.
 
         Raises:
-            UserError: ``train.max_skipped_steps`` steps in a row were left out.
+            UserError: ``train.max_skipped_steps`` updates in a row were skipped.
         """
         if objection is None:
             self._in_a_row = 0
@@ -61,7 +61,7 @@ class Guard:
             )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint keeps of the guard."""
         return {"accepted": list(self._accepted), "skipped": self.skipped, "in_a_row": self._in_a_row}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -1,33 +1,23 @@
 """What a run says about itself before its first step."""
 
-import importlib.metadata
-import platform
-
 import torch
 
-from skv_dist import __version__
 from skv_dist.config.run import Derived, RunConfig
 from skv_dist.model.megatron_config import DTYPES
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.engines.create import is_sharded
 from skv_dist.parallel.local_model import partitioned_shape
 from skv_dist.parallel.processes.groups import World
-from skv_dist.parallel.wire.packing import kv_width
+from skv_dist.parallel.wire.packing import Packing
 from skv_dist.routing import map_from_retention
 from skv_dist.training.schedule import warmup_steps
+from skv_dist.versions import software
 
 
-def software() -> str:
-    """Versions of what a run's results depend on."""
-    packages = ("torch", "megatron-core", "deepspeed")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return f"Python {platform.python_version()}, skv-dist {__version__}, {versions}"
-
-
-def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine, vocab_size: int) -> str:
+def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine) -> str:
     """The derived values of the run, one a line."""
     train, parallel, model = run.train, run.parallel, run.model
-    held = sum(torch.Size(partitioned_shape(p)).numel() for p in engine.root.parameters())
+    num_parameters = sum(torch.Size(partitioned_shape(p)).numel() for p in engine.model.parameters())
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     routing: str = run.routing.policy
     if routing in ("r_cla", "rd_cla"):
@@ -47,8 +37,8 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine,
         "processes": f"{derived.world_size} on {device}: tensor {parallel.tensor}"
         f"{' with sequence parallelism' if parallel.sequence_parallel else ''}{stages} x data {derived.data_parallel}, "
         f"{zero}, {train.precision}",
-        "model": f"{model.num_layers} layers x {model.hidden_size}, vocabulary {vocab_size:,}, "
-        f"{held:,} parameters on this rank",
+        "model": f"{model.num_layers} layers x {model.hidden_size}, vocabulary {run.vocab_size:,}, "
+        f"{num_parameters:,} parameters on this rank",
         "routing": routing,
         "batch": f"{train.global_batch_size} sequences x {run.data.sequence_length} = {derived.tokens_per_step:,} "
         f"tokens a step, in {derived.num_micro_batches} micro-batches of {train.micro_batch_size} per replica",
@@ -63,21 +53,24 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine,
 
 def pipeline_report(run: RunConfig, derived: Derived) -> dict[str, str]:
     """The schedule's bubble, and what is expected to cross each boundary, from the policy alone."""
-    parallel, size = run.parallel, run.data.sequence_length
-    micro_batches, chunks = derived.num_micro_batches, parallel.virtual_pipeline
+    parallel, num_chunks = run.parallel, run.parallel.virtual_pipeline
     # Narayanan et al., arXiv 2104.04473: idle over ideal time of 1F1B is (p - 1) / m, divided by the chunks per rank.
-    bubble = (parallel.pipeline - 1) / (micro_batches * chunks)
-    rows = size // (parallel.tensor if parallel.sequence_parallel else 1)
-    column = rows * run.train.micro_batch_size * DTYPES[run.train.precision].itemsize
-    hidden, each = run.model.hidden_size * column, kv_width(run) * column
-    boundaries = []
-    crossings = run.policy().expected_crossings(run.stages, run.train.seed)
-    for stage, (mean, most) in zip(run.stages, crossings):
-        boundaries.append(
-            f"{stage.stop - 1}|{stage.stop}: {mean:.1f} (at most {most}) K/V, "
-            f"{(hidden + mean * each) / 2**20:.3g} (at most {(hidden + most * each) / 2**20:.3g}) MiB"
-        )
-    schedule = "1F1B" if chunks == 1 else f"interleaved, {chunks} chunks per rank, padded to the widest of the step"
+    bubble = (parallel.pipeline - 1) / (derived.num_micro_batches * num_chunks)
+    packing, rows = Packing.of(run), run.data.sequence_length // parallel.sequence_split
+    column_bytes = rows * run.train.micro_batch_size * DTYPES[run.train.precision].itemsize
+
+    def mebibytes(num_sources: float) -> str:
+        columns = packing.hidden_size + num_sources * packing.kv_width
+        return f"{columns * column_bytes / 2**20:.3g}"
+
+    boundaries = [
+        f"{stage.stop - 1}|{stage.stop}: {mean:.1f} (at most {largest}) K/V, "
+        f"{mebibytes(mean)} (at most {mebibytes(largest)}) MiB"
+        for stage, (mean, largest) in zip(run.stages, run.policy().expected_crossings(run.stages, run.train.seed))
+    ]
+    schedule = (
+        "1F1B" if num_chunks == 1 else f"interleaved, {num_chunks} chunks per rank, padded to the widest of the step"
+    )
     layers = ", ".join(f"{stage.start}-{stage.stop - 1}" for stage in run.stages)
     return {
         "pipeline": f"{schedule}; layers {layers}; bubble {bubble:.1%} of the ideal time",

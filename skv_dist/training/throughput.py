@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from skv_dist.config.model import ModelConfig
+from skv_dist.config.run import RunConfig
 
 # Dense bf16 peak in FLOP/s by part of the device's name, from NVIDIA's data sheets (without sparsity).
 _PEAK = {
@@ -20,18 +20,19 @@ _PEAK = {
 }
 
 
-def flops_per_token(model: ModelConfig, vocab_size: int, sequence_length: int) -> float:
+def flops_per_token(run: RunConfig) -> float:
     """Model FLOPs of forward and backward per token: 6 per matrix weight, plus attention, without recomputation.
 
     As in PaLM (Chowdhery et al., arXiv 2204.02311, appendix B), but of attention the causal half, which is what is
     computed. Keys and values that nobody reads count as if they were computed.
     """
+    model = run.model
     width = model.kv_channels
     queries, keys = model.num_attention_heads * width, model.num_kv_heads * width
     attention = model.hidden_size * (queries + 2 * keys) + queries * model.hidden_size
     mlp = (3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size
-    weights = model.num_layers * (attention + mlp) + vocab_size * model.hidden_size
-    return 6.0 * weights + 6.0 * model.num_layers * queries * sequence_length
+    weights = model.num_layers * (attention + mlp) + run.vocab_size * model.hidden_size
+    return 6.0 * weights + 6.0 * model.num_layers * queries * run.data.sequence_length
 
 
 def peak_flops(device: torch.device) -> float | None:

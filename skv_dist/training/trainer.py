@@ -14,7 +14,7 @@ from skv_dist.config.run import Derived, RunConfig
 from skv_dist.data.batches import MicroBatch, Samples, micro_batches, prefetched
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.groups import World, seed_dropout
-from skv_dist.parallel.run_batch import Work, count_tokens, run_batch
+from skv_dist.parallel.run_batch import Work, count_predictions, run_batch
 from skv_dist.routing.draw import DrawKey
 from skv_dist.training.callbacks import Callback, Metrics
 from skv_dist.training.guard import Guard
@@ -23,7 +23,7 @@ from skv_dist.training.throughput import flops_per_token, peak_flops, peak_memor
 
 
 @dataclass(frozen=True)
-class _Launched:
+class LaunchedStep:
     """A step that is on its way; ``results``: loss, gradient norm, whether it was applied, whether to stop."""
 
     results: torch.Tensor
@@ -37,7 +37,6 @@ class Trainer:
     Args:
         engine: owns the model and the optimizer.
         samples: the training samples, in order.
-        callbacks: called in order on this rank; more may be added before `fit`.
     """
 
     def __init__(
@@ -46,18 +45,16 @@ class Trainer:
         derived: Derived,
         world: World,
         engine: Engine,
-        vocab_size: int,
         samples: Samples,
-        callbacks: Sequence[Callback],
     ) -> None:
         self.run, self.derived, self.world, self.engine = run, derived, world, engine
-        self.samples, self.callbacks = samples, list(callbacks)
+        self.samples = samples
         self.step = 0  # steps behind us
         self.policy = run.policy()
         self.guard = Guard(run.train)
         self.stopped_by: str | None = None
         peak = peak_flops(world.device)
-        flops = flops_per_token(run.model, vocab_size, run.data.sequence_length)
+        flops = flops_per_token(run)
         self._mfu_per_token_rate = flops / (peak * world.size) if peak else None
 
     def state(self) -> dict[str, Any]:
@@ -70,30 +67,33 @@ class Trainer:
         self.step = state["step"]
         self.guard.restore(state["guard"])
 
-    def fit(self) -> None:
+    def fit(self, callbacks: Sequence[Callback] = ()) -> None:
         """Train to the end, or until SIGTERM: then `stopped_by` says so and the step in progress is finished.
 
+        Args:
+            callbacks: called in this order at each step of this rank.
+
         Raises:
-            UserError: too many steps in a row had to be left out.
+            UserError: too many updates in a row had to be skipped.
         """
         try:
-            for callback in self.callbacks:
+            for callback in callbacks:
                 callback.on_start(self.step, self.run.train.steps)
             with _terminate_after_step() as asked:
                 coming = self._work()
                 work = next(coming, None)
                 while work and not self.stopped_by:
                     began = time.perf_counter()
-                    launched = self._launch(work, asked)
+                    launched = self.launch(work, asked)
                     try:
                         work = next(coming, None)  # while the device is busy
                     finally:  # whatever is wrong with the next batch, this step is recorded and saved
                         metrics = self._finish(launched)
                         self._measure(metrics, time.perf_counter() - began)
-                        for callback in self.callbacks:
+                        for callback in callbacks:
                             callback.on_step(self.step, metrics)
         finally:
-            for callback in self.callbacks:
+            for callback in callbacks:
                 callback.on_end()
 
     def _work(self) -> Iterator[list[Work]]:
@@ -117,23 +117,28 @@ class Trainer:
             keys = (DrawKey(train.seed, step, batch.index) for batch in batches)
             yield [(batch.to(device), self.policy.plan(key)) for batch, key in zip(batches, keys)]
 
-    def _launch(self, work: list[Work], asked_to_stop: list[str]) -> _Launched:
-        """Queue one step. Its results are on the device, which decides by itself whether to update."""
+    def launch(self, work: list[Work], stop_asked: Sequence[str] = ()) -> LaunchedStep:
+        """Queue one step. Its results are on the device, which decides by itself whether to update.
+
+        Args:
+            stop_asked: not empty once the run is to end after a step. Looked at behind the backward, which takes most
+                of the step's time: what is asked for meanwhile still counts for this step.
+        """
         run, engine, device = self.run, self.engine, self.world.device
         batches, plans = [batch for batch, _ in work], [plan for _, plan in work]
         if run.model.attention_dropout or run.model.hidden_dropout:
             seed_dropout(run.train.seed, self.step, batches[0].index)
         lr = lr_at(self.step, run.train.steps, run.optimizer)
         engine.set_lr(lr)
-        batch = run_batch(engine, run, batches, plans, tokens=count_tokens(batches), train=True)
+        batch = run_batch(engine, run, batches, plans, num_predictions=count_predictions(batches), train=True)
         mean = batch.loss.double()
         refused = ~(mean.isfinite() & (mean <= self.guard.limit))
-        leave_out, stop = self._agree(refused, torch.full((), bool(asked_to_stop), device=device))
-        outcome = engine.step(leave_out)
+        skip_update, stop = self._true_anywhere(refused, torch.full((), bool(stop_asked), device=device))
+        outcome = engine.step(skip_update)
         results = (mean, outcome.grad_norm, outcome.applied, stop)
-        return _Launched(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)
+        return LaunchedStep(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)
 
-    def _finish(self, launched: _Launched) -> Metrics:
+    def _finish(self, launched: LaunchedStep) -> Metrics:
         """Wait for a step, and judge it."""
         loss, grad_norm, applied, stopped = launched.results.tolist()
         objection = self.guard.objection(loss)
@@ -157,11 +162,11 @@ class Trainer:
         return metrics
 
     def _sum(self, count: int) -> int:
-        total = torch.tensor(count, dtype=torch.int64, device=self.world.device)
-        dist.all_reduce(total)
-        return int(total.item())
+        summed = torch.tensor(count, dtype=torch.int64, device=self.world.device)
+        dist.all_reduce(summed)
+        return int(summed.item())
 
-    def _agree(self, *flags: torch.Tensor) -> Sequence[torch.Tensor]:
+    def _true_anywhere(self, *flags: torch.Tensor) -> Sequence[torch.Tensor]:
         """Each flag (a bool scalar on the device), true everywhere if it is true on any rank."""
         votes = torch.stack(flags).int()
         if self.world.size > 1:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.save import read_tensors, tensor_shapes
+from skv_dist.checkpoint.load import read_tensors, tensor_shapes
 from skv_dist.errors import UserError
 from tests.support.jobs.checkpoint import read_and_write, run_on_a_full_disk
 from tests.support.jobs.loop import run_and_print, run_training

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from skv_dist.config.data import DataConfig, SourceConfig
-from skv_dist.data.batches import micro_batches, open_data
+from skv_dist.data.batches import micro_batches
+from skv_dist.data.open import open_data
 from skv_dist.data.order import blended, shuffled
 from skv_dist.data.token_set import PreparedSet
 from skv_dist.data.tokenize import prepare

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.save import read_tensors, tensor_shapes
+from skv_dist.checkpoint.load import read_tensors, tensor_shapes
 from tests.support.processes import Command
 from tests.support.runs import lines_of, losses, start, write_text
 from tests.support.settings import run_settings

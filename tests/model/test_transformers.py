@@ -8,7 +8,7 @@ import pytest
 import torch
 from skv_tools.convert.from_hf import from_hf
 
-from skv_dist.checkpoint.save import read_tensors, tensor_shapes
+from skv_dist.checkpoint.load import read_tensors, tensor_shapes
 from tests.support.jobs import parity
 from tests.support.settings import config
 from tests.tools.convert.hf_models import LLAMA3, make, save

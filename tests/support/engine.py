@@ -10,10 +10,6 @@ from tests.support.batches import local_batches
 from tests.support.settings import VOCAB_OF_BYTES
 
 
-def vocab_size_of(run: Any) -> int:
-    return run.model.vocab_size or VOCAB_OF_BYTES
-
-
 @contextlib.contextmanager
 def built(settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """(run, world), with process groups that are left afterwards."""
@@ -21,6 +17,8 @@ def built(settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     from skv_dist.parallel.processes import groups
 
     run = RunConfig.model_validate(settings)
+    if run.model.vocab_size is None:
+        run = run.for_vocabulary(VOCAB_OF_BYTES)
     try:
         yield run, groups.start(run.parallel)
     finally:
@@ -31,7 +29,7 @@ def built(settings: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
 def made_engine(run: Any, world: Any) -> Iterator[Any]:
     from skv_dist.parallel.engines.create import create_engine
 
-    engine = create_engine(run, vocab_size_of(run), world.device)
+    engine = create_engine(run, world.device)
     try:
         yield engine
     finally:
@@ -41,29 +39,29 @@ def made_engine(run: Any, world: Any) -> Iterator[Any]:
 def frozen_engine(run: Any, world: Any) -> Any:
     from skv_dist.parallel.engines.frozen import FrozenEngine
 
-    return FrozenEngine(run, vocab_size_of(run), world.device)
+    return FrozenEngine(run, world.device)
 
 
 def assign_initial_values(engine: Any, run: Any) -> None:
     from skv_dist.parallel.local_model import local_initial_values
 
-    engine.assign(local_initial_values(run, engine.root, vocab_size_of(run)))
+    engine.assign(local_initial_values(run, engine.model))
 
 
 def assign_full(engine: Any, run: Any, world: Any, weights: dict[str, np.ndarray]) -> None:
     """Set parameters from full ones under global names."""
     import torch
 
-    from skv_dist.parallel.tensor_split import kind_of, take
+    from skv_dist.parallel.tensor_split import split_of
 
-    names = dict(engine.root.named()).keys()
+    names = dict(engine.model.named()).keys()
     assert names == weights.keys() or (run.parallel.pipeline > 1 and names < weights.keys())
 
     def part(name: str, local: Any) -> torch.Tensor:
         full = torch.from_numpy(weights[name])
-        return take(full, kind_of(name, run.model.gated), world.tensor_rank, run.parallel.tensor, tuple(local.shape))
+        return split_of(name, run).take(full, world.tensor_rank, tuple(local.shape))
 
-    engine.assign((parameter, part(name, parameter)) for name, parameter in engine.root.named())
+    engine.assign((parameter, part(name, parameter)) for name, parameter in engine.model.named())
 
 
 def run_step(engine: Any, run: Any, world: Any, step: int, plans: list[Any] | None = None) -> Any:
@@ -73,13 +71,13 @@ def run_step(engine: Any, run: Any, world: Any, step: int, plans: list[Any] | No
         plans: instead of those that the run's policy draws.
     """
     from skv_dist.parallel.processes.groups import seed_dropout
-    from skv_dist.parallel.run_batch import count_tokens, run_batch
+    from skv_dist.parallel.run_batch import count_predictions, run_batch
 
     batches = local_batches(run, world, step)
     if plans is None:
         plans = drawn_plans(run, batches, step)
     seed_dropout(run.train.seed, step, batches[0].index)
-    return run_batch(engine, run, batches, plans, tokens=count_tokens(batches), train=True)
+    return run_batch(engine, run, batches, plans, num_predictions=count_predictions(batches), train=True)
 
 
 def drawn_plans(run: Any, batches: list[Any], step: int) -> list[Any]:
@@ -92,56 +90,24 @@ def drawn_plans(run: Any, batches: list[Any], step: int) -> list[Any]:
 def full_weights(engine: Any, run: Any) -> dict[str, np.ndarray]:
     from tests.support.gather import full_parameters
 
-    named = full_parameters(engine, run, vocab_size_of(run))
+    named = full_parameters(engine, run)
     return {name: value.numpy().copy() for name, value in named}
-
-
-def switch_clipping_off(engine: Any) -> None:
-    if hasattr(engine, "_clip"):
-        engine._clip = 0.0
-        return
-    for name in ("clip_grad", "_clip_grad"):
-        if hasattr(engine._zero, name):
-            setattr(engine._zero, name, 0.0)
 
 
 def switch_backward_hook_off(engine: Any) -> None:
     """No one tells DeepSpeed any more that a backward begins."""
-    engine.root.on_backward = None
-
-
-def skip_update(engine: Any) -> Any:
-    """A step that clears the gradients without an update."""
-    return engine.step(leave_out=True)
+    engine.model.on_backward = None
 
 
 def capture_gradients(engine: Any, run: Any) -> tuple[float, dict[str, np.ndarray]]:
     """Gradient norm and every gradient of the last batch, reduced, as the optimizer would get it.
 
-    The optimizer's update is replaced by "parameter := gradient" for one step: whatever the ZeRO stage, full
-    parameters then are full gradients.
+    The update is replaced by "weight := gradient": whatever the ZeRO stage, full weights then are full gradients.
     """
-    import torch
 
-    from skv_dist.parallel.engines.base import MODEL
+    def take_gradient(weight: Any, gradient: Any) -> None:
+        weight.copy_(gradient)
 
-    optimizer = engine.optimizer
-
-    @torch.no_grad()
-    def take_gradient(closure: Any = None) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.copy_(parameter.grad)
-
-    def take_given(gradients: dict[Any, Any], scale: Any, applied: Any) -> None:
-        for parameter, gradient in gradients.items():
-            engine.write(parameter, MODEL, gradient.float() / scale)
-
-    optimizer.step = take_gradient
-    if getattr(engine, "_compiled", None) is not None:
-        engine._compiled.step = take_given
+    engine.replace_update(take_gradient)
     outcome = engine.step()
-    gradients = full_weights(engine, run)
-    del optimizer.step
-    return float(outcome.grad_norm), gradients
+    return float(outcome.grad_norm), full_weights(engine, run)

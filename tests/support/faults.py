@@ -52,11 +52,11 @@ def gradients_not_summed_over_tensor_ranks() -> Any:
 def split_parameters_not_marked() -> Any:
     from skv_dist.parallel import local_model as build
 
-    def wrong(root: Any, run: Any) -> None:
-        for parameter in root.parameters():
+    def wrong(model: Any, run: Any) -> None:
+        for parameter in model.parameters():
             parameter.tensor_model_parallel = True
 
-    return mock.patch.object(build, "mark_parameters", wrong)
+    return mock.patch.object(build, "mark_split_parameters", wrong)
 
 
 def route_off_by_one() -> Any:
@@ -143,32 +143,32 @@ def backward_seen_flag_kept() -> Any:
 
     def wrong(self: Any, *args: Any) -> None:
         right(self, *args)
-        self.root.on_backward = None
+        self.model.on_backward = None
 
     return mock.patch.object(ZeroEngine, "__init__", wrong)
 
 
 def sources_swapped_on_the_wire() -> Any:
-    from skv_dist.model import chunk
+    from skv_dist.parallel.wire.packing import Packing
 
-    right = chunk.unpack
+    right = Packing.unpack
 
-    def wrong(packed: Any, hidden_size: int, sources: Any, *rest: Any) -> Any:
-        return right(packed, hidden_size, tuple(reversed(sources)), *rest)
+    def wrong(self: Any, packed: Any, sources: Any) -> Any:
+        return right(self, packed, tuple(reversed(sources)))
 
-    return mock.patch.object(chunk, "unpack", wrong)
+    return mock.patch.object(Packing, "unpack", wrong)
 
 
 def received_kv_detached() -> Any:
-    from skv_dist.model import chunk
+    from skv_dist.parallel.wire.packing import Packing
 
-    right = chunk.unpack
+    right = Packing.unpack
 
-    def wrong(*args: Any) -> Any:
-        hidden, live = right(*args)
+    def wrong(self: Any, *args: Any) -> Any:
+        hidden, live = right(self, *args)
         return hidden, {source: type(kv)(kv.key.detach(), kv.value.detach()) for source, kv in live.items()}
 
-    return mock.patch.object(chunk, "unpack", wrong)
+    return mock.patch.object(Packing, "unpack", wrong)
 
 
 def tied_gradient_left_out() -> Any:
@@ -185,7 +185,7 @@ def tied_gradient_left_out() -> Any:
 def tied_weight_not_refreshed() -> Any:
     from skv_dist.parallel.engines.base import Engine
 
-    return mock.patch.object(Engine, "step", lambda self, leave_out=False: self._update(leave_out))
+    return mock.patch.object(Engine, "step", lambda self, skip_update=False: self._update(skip_update))
 
 
 def chunks_without_overlap() -> Any:

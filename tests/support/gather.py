@@ -7,20 +7,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
-from skv_dist.parallel.engines.base import MODEL, Engine
-from skv_dist.parallel.tensor_split import join, kind_of
+from skv_dist.parallel.engines.base import Engine, Quantity
+from skv_dist.parallel.tensor_split import split_of
 
 
-def full_parameters(engine: Engine, run: RunConfig, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+def full_parameters(engine: Engine, run: RunConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, fp32 tensor) one at a time, on every rank, in the order of the layers. Collective over all ranks."""
     group = parallel_state.get_pipeline_model_parallel_group()
-    held = dict(engine.root.named())
+    held = dict(engine.model.named())
     everywhere: list[list[str]] = [[] for _ in range(group.size())]
     dist.all_gather_object(everywhere, list(held), group=group)
     stages = {name: stage for stage, names in enumerate(everywhere) for name in names}
     for name in sorted(stages, key=_place):
-        full = _joined(engine, run, vocab_size, name, held[name]) if name in held else None
-        yield name, _from_stage(full, stages[name], group, engine.root.device)
+        full = _joined(engine, run, name, held[name]) if name in held else None
+        yield name, _from_stage(full, stages[name], group, engine.model.device)
 
 
 def _place(name: str) -> tuple[int, str]:
@@ -31,12 +31,12 @@ def _place(name: str) -> tuple[int, str]:
     return (0, name) if first == "embedding" else (2**31, name)
 
 
-def _joined(engine: Engine, run: RunConfig, vocab_size: int, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+def _joined(engine: Engine, run: RunConfig, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
-    part = engine.read(parameter, MODEL).contiguous()
+    part = engine.read(parameter, Quantity.WEIGHT).contiguous()
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part, group=group)
-    return join(parts, kind_of(name, run.model.gated), vocab_size)
+    return split_of(name, run).join(parts)
 
 
 def _from_stage(full: torch.Tensor | None, stage: int, group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:

@@ -120,13 +120,13 @@ def _run(module: str, arguments: list[str], environment: dict[str, str], files: 
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def run_forked(command: Sequence[str], **_: Any) -> "subprocess.CompletedProcess[str]":
-    """As ``subprocess.run([sys.executable, script, ...], capture_output=True, text=True)``."""
+def run_forked(command: Sequence[str], env: Mapping[str, str], **_: Any) -> "subprocess.CompletedProcess[str]":
+    """As ``subprocess.run([sys.executable, script, ...], capture_output=True, text=True, env=env)``."""
     python, script, *arguments = command
     assert python == sys.executable
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "stdout", Path(folder) / "stderr"
-        code = Command(script, arguments, {}, output, errors).wait()
+        code = Command(script, arguments, env, output, errors).wait()
         return subprocess.CompletedProcess(list(command), code, output.read_text(), errors.read_text())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from skv_tools.checkpoint import main
+from skv_tools.checkpoint.cli import main
 
 from tests.support.jobs.loop import run_training
 from tests.support.settings import run_settings

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support.jobs import parity
-from tests.support.jobs.loop import host_reads, run_training, steps_before_data_fail
+from tests.support.jobs.loop import host_reads, run_training, steps_before_data_fail, steps_until_sigterm_within
 from tests.support.runs import losses
 from tests.support.settings import GLOBAL_BATCH, config, run_settings
 from tests.support.workers import JobFailedError
@@ -74,6 +74,11 @@ def test_a_step_left_out_leaves_nothing_behind(workers: Any, zero: int) -> None:
     assert checks == [True, True, True, True]
     single = config(parallel={"zero_stage": 0}, routing={"policy": "none", "cross_prob": 0.0})
     assert norm == pytest.approx(workers(1)(parity.skip_update, single)[0][1], rel=1e-5)
+
+
+def test_a_signal_within_a_step_ends_the_run_after_that_step(workers: Any) -> None:
+    settings = config(parallel={"zero_stage": 0}, train={"steps": 5})
+    assert workers(1)(steps_until_sigterm_within, settings, 3)[0] == (3, "SIGTERM")
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,1 +1,1 @@
-"""Benchmarks on one GPU: our trainer beside others on the same shapes, and decoding with a shared KV cache."""
+"""Benchmarks: training beside other trainers, pipelines, checkpoints, decoding with a shared cache, and engines."""

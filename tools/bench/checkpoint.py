@@ -7,60 +7,100 @@ system allows to drop them. Memory is the resident set of the rank that has most
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.load import load_config
 from skv_dist.config.run import derive
-from skv_dist.errors import UserError, command
+from skv_dist.errors import UserError
+
+from .shapes import with_vocabulary
+
+_HEADER = "| | seconds | GB/s | resident before (GiB) | peak (GiB) | more (GiB) |\n|---|---|---|---|---|---|"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Something that was done, by the rank that took most.
+
+    Attributes:
+        resident_bytes, peak_bytes: in memory before, and at most meanwhile.
+    """
+
+    name: str
+    seconds: float
+    resident_bytes: int
+    peak_bytes: int
+
+    def text(self, num_bytes: int) -> str:
+        """A line of the table, for a checkpoint of ``num_bytes``."""
+        gib = [n / 2**30 for n in (self.resident_bytes, self.peak_bytes, self.peak_bytes - self.resident_bytes)]
+        memory = " | ".join(f"{size:.2f}" for size in gib)
+        return f"| {self.name} | {self.seconds:.2f} | {num_bytes / self.seconds / 1e9:.2f} | {memory} |"
 
 
 def _resident() -> tuple[int, int]:
     """Bytes resident now, and at most since `_reset_peak`."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    now, most = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return now, most
+    now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, peak
 
 
 def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _drop_from_cache(folder: Path) -> None:
-    for path in folder.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
+def _measure(name: str, action: Callable[[], Any]) -> Row:
+    """Collective."""
+    import torch
+    import torch.distributed as dist
+
+    dist.barrier()
+    _reset_peak()
+    before, began = _resident()[0], time.perf_counter()
+    action()
+    dist.barrier()
+    figures = torch.tensor([time.perf_counter() - began, before, _resident()[1]], dtype=torch.float64)
+    dist.all_reduce(figures, dist.ReduceOp.MAX)
+    seconds, resident, peak = figures.tolist()
+    return Row(name, seconds, int(resident), int(peak))
+
+
+def _drop_from_cache(files: Iterable[Path]) -> None:
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
 
-def _write_plainly(file: Path, count: int, chunk: bytes) -> None:
+def _write_plainly(file: Path, num_bytes: int, chunk: bytes) -> None:
     with file.open("wb") as stream:
-        for begin in range(0, count, len(chunk)):
-            stream.write(chunk[: count - begin])
+        for begin in range(0, num_bytes, len(chunk)):
+            stream.write(chunk[: num_bytes - begin])
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _read_plainly(file: Path, size: int) -> None:
-    buffer = bytearray(size)
+def _read_plainly(file: Path, chunk_bytes: int) -> None:
+    buffer = bytearray(chunk_bytes)
     with file.open("rb", buffering=0) as stream:
         while stream.readinto(buffer):
             pass
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="bench_checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="bench.checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -70,81 +110,58 @@ def main(argv: list[str]) -> int:
         raise UserError("memory is read from /proc: this benchmark runs on Linux only")
     if arguments.dir.exists() and int(os.environ.get("RANK", "0")) == 0:
         raise UserError(f"{arguments.dir} exists already: name a folder to create")
-    run = load_config(arguments.config, arguments.overrides)
+    run = with_vocabulary(load_config(arguments.config, arguments.overrides))
 
     import torch
-    import torch.distributed as dist
 
     from skv_dist.checkpoint import folder as files
-    from skv_dist.checkpoint.save import Saver, load, verify_everywhere
-    from skv_dist.data.tokenizer import load_tokenizer
+    from skv_dist.checkpoint.load import load_checkpoint, verify_everywhere
+    from skv_dist.checkpoint.save import Saver
     from skv_dist.parallel.engines.base import MOMENTS
     from skv_dist.parallel.engines.create import create_engine
+    from skv_dist.parallel.local_model import partitioned_shape
     from skv_dist.parallel.processes import groups
 
+    from .machine import heading, layout
+
     derived = derive(run, groups.world_size_from_environment())
-    vocab_size = run.model.vocab_size or load_tokenizer(run.data.tokenizer).vocab_size
     world = groups.start(run.parallel)
-    engine = create_engine(run, vocab_size, world.device)
+    engine = create_engine(run, world.device)
     engine.prepare_moments()
-    for master in engine._masters():
-        for what in MOMENTS:
-            engine.optimizer.state[master][what].normal_()
+    for _, parameter in engine.model.named():
+        for moment in MOMENTS:
+            engine.write(parameter, moment, torch.randn(partitioned_shape(parameter)))
     arguments.dir.mkdir(exist_ok=True, parents=True)
     root = arguments.dir / "checkpoints"
-    saver = Saver(engine, run, vocab_size, root)
+    saver = Saver(engine, run, root)
     folder = files.folder_of(root, 1)
-    rows: list[tuple[str, float, int, int]] = []  # what, seconds, bytes resident before, most of them meanwhile
-
-    def measure(name: str, action: Callable[[], Any]) -> None:
-        dist.barrier()
-        _reset_peak()
-        before, began = _resident()[0], time.perf_counter()
-        action()
-        dist.barrier()
-        figures = torch.tensor([time.perf_counter() - began, before, _resident()[1]], dtype=torch.float64)
-        gathered = [torch.zeros_like(figures) for _ in range(world.size)]
-        dist.all_gather(gathered, figures)
-        seconds, resident, most = (max(float(one[i]) for one in gathered) for i in range(3))
-        rows.append((name, seconds, int(resident), int(most)))
-
-    measure("standing still for a save", lambda: saver.save(1, {"step": 1, "tokenizer": "", "guard": {}}))
-    measure("writing in the background", saver.wait)
+    rows = [
+        _measure("standing still for a save", lambda: saver.save(1, {"step": 1, "tokenizer": "", "guard": {}})),
+        _measure("writing in the background", saver.wait),
+    ]
     if not folder.is_dir():
         raise UserError(f"{folder} was not written: see the line above")
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    mine = arguments.dir / f"plain_{world.rank}"
-    chunk = os.urandom(64 * 2**20)
-    measure("plain writing", lambda: _write_plainly(mine, size // world.size, chunk))
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    plain_file, chunk = arguments.dir / f"plain_{world.rank}", os.urandom(64 * 2**20)
+    rows.append(_measure("plain writing", lambda: _write_plainly(plain_file, num_bytes // world.size, chunk)))
     if world.is_first:
-        _drop_from_cache(arguments.dir / "checkpoints" / folder.name)
-        for path in arguments.dir.glob("plain_*"):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-    measure("plain reading", lambda: _read_plainly(mine, len(chunk)))
-    measure("checking size and SHA-256", lambda: verify_everywhere(folder))
+        _drop_from_cache([*folder.iterdir(), *arguments.dir.glob("plain_*")])
+    rows.append(_measure("plain reading", lambda: _read_plainly(plain_file, len(chunk))))
+    rows.append(_measure("checking size and SHA-256", lambda: verify_everywhere(folder)))
     if world.is_first:
-        _drop_from_cache(folder)
-    measure("loading", lambda: load(engine, run, vocab_size, folder, weights_only=False))
+        _drop_from_cache(folder.iterdir())
+    rows.append(_measure("loading", lambda: load_checkpoint(engine, run, folder, weights_only=False)))
     saver.close()
     engine.close()
     if world.is_first:
         shutil.rmtree(arguments.dir)
-        versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "megatron-core", "deepspeed"))
-        parallel = run.parallel
         print(
-            f"{datetime.date.today()}, CPU {platform.machine()}, {os.cpu_count()} cores, Python "
-            f"{platform.python_version()}, {versions}; {size / 12e9:.3f} B parameters, {size / 2**30:.2f} GiB on disk; "
-            f"{world.size} processes: tensor {parallel.tensor}, pipeline {parallel.pipeline}, data "
-            f"{derived.data_parallel}, ZeRO {parallel.zero_stage}, {run.train.precision}\n\n"
-            f"`bench_checkpoint {' '.join(sys.argv[1:])}`\n\n"
-            "| what | seconds | GB/s | resident before (GiB) | peak (GiB) | more (GiB) |\n|---|---|---|---|---|---|"
+            f"{heading(world.device)}, {platform.machine()}, {os.cpu_count()} cores; {num_bytes / 12e9:.3f} B "
+            f"parameters, {num_bytes / 2**30:.2f} GiB on disk; {layout(run, derived)}, {run.train.precision}\n\n"
+            f"`python -m skv_tools.bench.checkpoint {' '.join(sys.argv[1:])}`\n\n{_HEADER}"
         )
-        for name, seconds, resident, most in rows:
-            before, peak, more = (value / 2**30 for value in (resident, most, most - resident))
-            rate = size / seconds / 1e9
-            print(f"| {name} | {seconds:.2f} | {rate:.2f} | {before:.2f} | {peak:.2f} | {more:.2f} |")
+        for row in rows:
+            print(row.text(num_bytes))
     groups.stop()
     return 0
 

@@ -2,7 +2,7 @@
 
     python -m skv_tools.bench.decode --out decode.md                    # Qwen3-8B's shape, 8K batch 1 first
     python -m skv_tools.bench.decode --eager --minutes 3 --out eager.md
-    python -m skv_tools.bench.decode --shape tiny --out /tmp/tiny.md    # tries the command on a CPU
+    python -m skv_tools.bench.decode --shape tiny --out tiny.md         # tries the command on a CPU
 
 The model is the exported one (`modeling_skv.py`) in bf16 with random weights; g=1 is the same code with every layer its
 own source. One set of weights serves all g. Measured per cell (context, batch), mode and g: bytes that the cache holds,
@@ -15,11 +15,11 @@ Modes: `eager` is transformers' DynamicCache and nothing compiled. `compiled` is
 compiled and the whole decoding step replayed as one CUDA graph; with --whole-model `torch.compile` of the step in mode
 "reduce-overhead", which takes about a minute a row. With a StaticCache transformers' sdpa gets a mask, and
 before 5.23 (under torch.compile, also after) copies K/V to all query heads for every layer and token; `--attention
-grouped`, the default of `compiled`, multiplies grouped queries with the cache as it lies. Rows are written as found.
+grouped`, the default of `compiled`, multiplies grouped queries with the cache as it lies. A row is written as soon
+as it is measured.
 """
 
 import argparse
-import datetime
 import gc
 import platform
 import statistics
@@ -31,17 +31,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from skv_dist.errors import UserError, command
+from skv_dist.commands.entry_point import entry_point
+from skv_dist.config.model import ModelConfig
+from skv_dist.errors import UserError
+from skv_dist.versions import package_versions
 
 from ..engines.models.modeling_skv import SkvConfig, SkvForCausalLM
-from .shapes import SHAPES
+from ..vocabulary import vocab_size
+from .machine import heading, synchronize
+from .shapes import SHAPES, read_shape
 
 GROUPS = (1, 2, 4, 8)
 WARM_TOKENS = 4  # decoded before the clock starts
@@ -123,7 +127,7 @@ def grouped_attention(
     return out.view(batch, 1, heads, width), None
 
 
-def build_full(shape: dict[str, Any], device: torch.device) -> SkvForCausalLM:
+def build_full(shape: ModelConfig, device: torch.device) -> SkvForCausalLM:
     """The model of g=1 with random weights in bf16."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -135,7 +139,7 @@ def build_full(shape: dict[str, Any], device: torch.device) -> SkvForCausalLM:
     return model.eval().requires_grad_(False)
 
 
-def build_group(shape: dict[str, Any], full: SkvForCausalLM, group: int) -> SkvForCausalLM:
+def build_group(shape: ModelConfig, full: SkvForCausalLM, group: int) -> SkvForCausalLM:
     """The model of group size ``group`` over the weights of ``full``."""
     with torch.device("meta"):
         model = SkvForCausalLM(_config(shape, group))
@@ -146,20 +150,21 @@ def build_group(shape: dict[str, Any], full: SkvForCausalLM, group: int) -> SkvF
     return model.eval().requires_grad_(False)
 
 
-def _config(shape: dict[str, Any], group: int) -> SkvConfig:
-    layers = shape["num_layers"]
+def _config(shape: ModelConfig, group: int) -> SkvConfig:
+    layers = shape.num_layers
     return SkvConfig(
-        vocab_size=shape["vocab_size"],
-        hidden_size=shape["hidden_size"],
-        intermediate_size=shape["ffn_hidden_size"],
+        vocab_size=vocab_size(shape),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
         num_hidden_layers=layers,
-        num_attention_heads=shape["num_attention_heads"],
-        num_key_value_heads=shape["num_kv_heads"],
-        head_dim=shape["head_dim"],
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.kv_channels,
+        rms_norm_eps=shape.norm_eps,
         max_position_embeddings=65536,
-        tie_word_embeddings=shape["tie_embeddings"],
-        qk_norm=shape["qk_norm"],
-        rope_parameters={"rope_type": "default", "rope_theta": shape["rope_theta"]},
+        tie_word_embeddings=shape.tie_embeddings,
+        qk_norm=shape.qk_norm,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         kv_source_layers=[layer - layer % group for layer in range(layers)],
         attn_implementation="sdpa",
     )
@@ -169,8 +174,9 @@ class CompiledParts:
     """Norms and MLPs compiled, whose code all layers and models have in common: seconds instead of minutes."""
 
     def __init__(self, models: list[SkvForCausalLM]) -> None:
-        kinds = (LlamaMLP, LlamaRMSNorm)
-        self.parts = [part for model in models for part in model.modules() if isinstance(part, kinds)]
+        self.parts = [
+            part for model in models for part in model.modules() if isinstance(part, (LlamaMLP, LlamaRMSNorm))
+        ]
         for part in self.parts:
             part.compile()
         self.compiled = [part._compiled_call_impl for part in self.parts]
@@ -200,10 +206,10 @@ def measure(bench: Bench, model: SkvForCausalLM, cell: Cell, figures: Figures) -
     for _ in range(2 if cell.turns == 1 else 1):
         cache = token = None  # before the next one is made
         cache = _new_cache(model, cell, bench.tokens)
-        _synchronize(bench.device)
+        synchronize(bench.device)
         began = time.perf_counter()
         token = _step(model, cache, prompt)
-        _synchronize(bench.device)
+        synchronize(bench.device)
         figures.prefills.append(time.perf_counter() - began)
     assert token is not None
     decode = _decoder(bench, model, cell, cache, token)
@@ -215,11 +221,11 @@ def measure(bench: Bench, model: SkvForCausalLM, cell: Cell, figures: Figures) -
             if layer.keys is not None:
                 layer.keys, layer.values = layer.keys[:, :, : -bench.tokens], layer.values[:, :, : -bench.tokens]
     for _ in range(bench.tokens // CHUNK):
-        _synchronize(bench.device)
+        synchronize(bench.device)
         began = time.perf_counter()
         for _ in range(CHUNK):
             decode()
-        _synchronize(bench.device)
+        synchronize(bench.device)
         figures.chunks.append(time.perf_counter() - began)
     figures.kv_bytes = kv_bytes(cache)
     if on_gpu:
@@ -272,11 +278,6 @@ def _captured(decode: Callable[[], None]) -> Callable[[], object]:
     return graph.replay
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def attempt(bench: Bench, model: SkvForCausalLM, cell: Cell, figures: Figures) -> str | None:
     """One turn; in a few words what went wrong, if something did."""
     problem = None
@@ -306,25 +307,25 @@ def rows(bench: Bench, models: dict[int, SkvForCausalLM], cell: Cell) -> str:
             if problem is not None:
                 problems[group] = problem
     lines = []
-    for group, found in figures.items():
+    for group, row in figures.items():
         start = f"| {cell.context} | {cell.batch} | {cell.mode} | {group} |"
         if group in problems:
             lines.append(f"{start} {problems[group]} | – | – | – | – | – | – |\n")
             continue
         memory = speed = "–"
         if 1 not in problems:
-            memory, speed = f"{found.kv_bytes / figures[1].kv_bytes:.3f}", f"{found.rate / figures[1].rate:.2f}"
-        peak = f"{found.peak_bytes / 2**30:.1f}" if found.peak_bytes else "–"
+            memory, speed = f"{row.kv_bytes / figures[1].kv_bytes:.3f}", f"{row.rate / figures[1].rate:.2f}"
+        peak = f"{row.peak_bytes / 2**30:.1f}" if row.peak_bytes else "–"
         lines.append(
-            f"{start} {found.kv_bytes / 2**20:.1f} | {memory} | {found.ttft * 1e3:.1f} | {found.rate:.1f} | {speed} | "
-            f"{found.rate * cell.batch:.1f} | {peak} |\n"
+            f"{start} {row.kv_bytes / 2**20:.1f} | {memory} | {row.ttft * 1e3:.1f} | {row.rate:.1f} | {speed} | "
+            f"{row.rate * cell.batch:.1f} | {peak} |\n"
         )
     return "".join(lines)
 
 
-def heading(bench: Bench, shape: str) -> str:
+def _head(bench: Bench, shape: str) -> str:
     """Everything that the figures depend on, and the head of the table."""
-    device = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "CPU"
+    versions = f"Python {platform.python_version()}, {package_versions(('torch', 'transformers'))}"
     attention = bench.attention or "sdpa in eager, grouped in compiled"
     compiled = (
         "the step under torch.compile(mode='reduce-overhead')"
@@ -332,8 +333,7 @@ def heading(bench: Bench, shape: str) -> str:
         else "norms and MLPs compiled, one CUDA graph a step (no graph on a CPU)"
     )
     return (
-        f"{datetime.date.today()}, {device}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}; {shape}, bf16, random weights, {bench.tokens} tokens a turn; "
+        f"{heading(bench.device, versions)}; {shape}, bf16, random weights, {bench.tokens} tokens a turn; "
         f"attention {attention}; compiled: StaticCache, {compiled}. Peak memory includes the weights of g=1, K/V "
         f"projections of all layers.\n\n`python -m skv_tools.bench.decode {' '.join(sys.argv[1:])}`\n\n{HEADER}\n"
     )
@@ -357,8 +357,8 @@ def _parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace, device: torch.device) -> None:
     """All cells, each written as soon as it is known."""
     ends = time.monotonic() + 60 * arguments.minutes
-    shape = SHAPES[arguments.shape]
-    bench = Bench(device, shape["vocab_size"], arguments.tokens, arguments.attention, arguments.whole_model)
+    shape = read_shape(arguments.shape)
+    bench = Bench(device, vocab_size(shape), arguments.tokens, arguments.attention, arguments.whole_model)
     modes = [mode for mode in ("eager", "compiled") if getattr(arguments, mode)] or ["eager", "compiled"]
     torch._dynamo.config.recompile_limit = 64
     AttentionInterface.register("grouped", grouped_attention)
@@ -367,7 +367,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
     models = {group: build_group(shape, full, group) for group in GROUPS}
     del full
     with arguments.out.open("w") as file:
-        _write(file, heading(bench, arguments.shape))
+        _write(file, _head(bench, arguments.shape))
         parts = None if arguments.whole_model else CompiledParts(list(models.values()))
         for cell in cells(64 if arguments.shape == "tiny" else 1, modes):
             if time.monotonic() > ends:
@@ -384,7 +384,7 @@ def _write(file: Any, text: str) -> None:
     print(text, end="", flush=True)
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.tokens < CHUNK or arguments.tokens % CHUNK:

@@ -16,7 +16,6 @@ import platform
 import random
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -27,19 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from skv_dist import __version__
 from skv_dist.checkpoint.frozen_model import config_of
-from skv_dist.errors import UserError, command
+from skv_dist.commands.entry_point import entry_point
+from skv_dist.errors import UserError
 from skv_dist.routing import map_from_cached_layers, map_from_retention
+from skv_dist.versions import software
 
+from ..convert.findings import TOLERANCE, Finding, table
 from ..convert.from_hf import from_hf
+from ..convert.run_engine import ENGINES, Arrays, CommandError, run_command, run_engine
 from ..convert.to_hf import Export, write_folder
-from ..convert.verify import RUNNERS, RUNNERS_FOLDER, TOLERANCE, Finding, last_error, table, verify
-
-Arrays = dict[str, npt.NDArray[Any]]
+from ..convert.verify import largest_difference, verify
 
 _PACKAGES = {
     "transformers": ("transformers", "torch"),
@@ -55,7 +54,7 @@ _LONG_BYTES = 2**30  # of an unshared cache in float32: much more than what else
 class Check:
     """Something measured beside `Finding`; ``problem`` is None where it is as it should be."""
 
-    what: str
+    name: str
     measured: str
     problem: str | None = None
 
@@ -89,28 +88,14 @@ class Engine:
     def label(self) -> str:
         return f"{self.name} {next(iter(self.versions.values()))}"
 
-    def measure(self, folder: Path, *more: str, tokens: str = "tokens.npy") -> Arrays:
-        """What the engine's runner writes. Raises UserError with all that it printed where it fails."""
-        return _measure(self.name, self.python, folder, folder.with_name(tokens), more)
+    def measure(self, folder: Path, *options: str, tokens: str = "tokens.npy") -> Arrays:
+        """What the engine's runner writes, once for each folder and set of options."""
+        return _measure(self.name, self.python, folder, folder.with_name(tokens), options)
 
 
 @cache
-def _measure(name: str, python: str, folder: Path, tokens: Path, more: tuple[str, ...]) -> Arrays:
-    out = tokens.with_name("measured.npz")
-    _run([python, str(RUNNERS_FOLDER / RUNNERS[name]), str(folder), str(tokens), str(out), *more])
-    with np.load(out) as arrays:
-        return dict(arrays)
-
-
-def _run(given: list[str], **environment: str) -> str:
-    """What it prints. Raises UserError with all of it where it fails."""
-    try:
-        done = subprocess.run(given, capture_output=True, text=True, check=False, env={**os.environ, **environment})
-    except OSError as error:
-        raise UserError(f"{given[0]} cannot be run: {error.strerror}") from error
-    if done.returncode:
-        raise UserError(done.stdout + done.stderr)
-    return done.stdout
+def _measure(engine: str, python: str, folder: Path, tokens: Path, options: tuple[str, ...]) -> Arrays:
+    return run_engine(engine, python, folder, tokens, tokens.with_name("measured.npz"), *options)
 
 
 def _find(name: str, python: str) -> Engine:
@@ -119,7 +104,7 @@ def _find(name: str, python: str) -> Engine:
         "have = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
         "print(json.dumps({**{n: have[n] for n in sys.argv[1:] if n in have}, 'Python': platform.python_version()}))"
     )
-    return Engine(name, python, json.loads(_run([python, "-c", code, *_PACKAGES[name]])))
+    return Engine(name, python, json.loads(run_command([python, "-c", code, *_PACKAGES[name]])))
 
 
 def _random_checkpoint(work: Path) -> Path:
@@ -168,7 +153,7 @@ def _export(checkpoint: Path, work: Path) -> Model:
 
 
 def _apart(one: Arrays, other: Arrays) -> float:
-    return max(float(np.abs(one[kind] - other[kind]).max()) for kind in ("prefill", "stepwise"))
+    return max(largest_difference(one[name], other[name]) for name in ("prefill", "stepwise"))
 
 
 def _changed_map(engine: Engine, model: Model) -> Check:
@@ -200,33 +185,35 @@ def _capacity(engine: Engine, model: Model) -> Check:
     shared, unshared = int(right["cache_tokens_per_gib"]), int(other["cache_tokens_per_gib"])
     ratio = unshared / shared
     problem = None if abs(ratio - model.ratio) <= 0.02 else f"expected {model.ratio:.3f}"
-    what = f"tokens per GiB, shared and unshared (`{right['model']}`)"
-    return Check(what, f"{shared:,} and {unshared:,}, ratio {ratio:.3f}", problem)
+    name = f"tokens per GiB, shared and unshared (`{right['model']}`)"
+    return Check(name, f"{shared:,} and {unshared:,}, ratio {ratio:.3f}", problem)
 
 
 def _without_plugin(engine: Engine, model: Model) -> Check:
     """Our documentation says that the same folder runs, and that nothing is saved."""
     stock = engine.measure(model.work / "arbitrary", "--stock")
     apart = _apart(stock, engine.measure(model.work / "arbitrary"))
-    held, unshared = (int(a["cache_tokens_per_gib"]) for a in (stock, engine.measure(model.work / "unshared")))
+    unshared_model = engine.measure(model.work / "unshared")
+    capacity, unshared = (int(arrays["cache_tokens_per_gib"]) for arrays in (stock, unshared_model))
     problem = None if apart <= TOLERANCE else "log-probabilities differ"
-    if held > 1.02 * unshared:
+    if capacity > 1.02 * unshared:
         problem = "stock vLLM saves memory: what is said of it is out of date"
-    what = f"the same without our plugin (`{stock['model']}`)"
-    return Check(what, f"{held:,} tokens per GiB, nothing saved; max Δ log p {apart:.1e}", problem)
+    name = f"the same without our plugin (`{stock['model']}`)"
+    return Check(name, f"{capacity:,} tokens per GiB, nothing saved; max Δ log p {apart:.1e}", problem)
 
 
-def _on_two(engine: Engine, folder: Path, kind: str) -> Arrays:
-    return engine.measure(folder, "--engine", json.dumps({f"{kind}_parallel_size": 2}))
+def _on_two(engine: Engine, folder: Path, size: str) -> Arrays:
+    return engine.measure(folder, "--engine", json.dumps({size: 2}))
 
 
 def _tensor_parallel(engine: Engine, model: Model) -> Check:
-    found, right = _on_two(engine, model.work / "arbitrary", "tensor"), engine.measure(model.work / "arbitrary")
-    held, whole = int(found["cache_bytes_per_token"]), int(right["cache_bytes_per_token"])
-    problem = None if held == whole else f"one rank holds {whole:,}"
-    if not _apart(found, right) <= TOLERANCE:
+    folder = model.work / "arbitrary"
+    cut, right = _on_two(engine, folder, "tensor_parallel_size"), engine.measure(folder)
+    on_two, on_one = (int(arrays["cache_bytes_per_token"]) for arrays in (cut, right))
+    problem = None if on_two == on_one else f"one rank holds {on_one:,}"
+    if not _apart(cut, right) <= TOLERANCE:
         problem = "log-probabilities differ"
-    measured = f"{_apart(found, right):.1e}; both ranks hold {held:,} bytes/token"
+    measured = f"{_apart(cut, right):.1e}; both ranks hold {on_two:,} bytes/token"
     return Check("tensor parallel 2 against one rank: max Δ log p", measured, problem)
 
 
@@ -234,9 +221,9 @@ def _stages(engine: Engine, model: Model) -> Check:
     """Only that it is refused: vLLM 0.32 on CPUs loads a map that stays within the stages, but cannot run it."""
     problem: str | None = "it ran"
     try:
-        _on_two(engine, model.work / "arbitrary", "pipeline")
-    except UserError as error:
-        problem = None if "puts in an earlier stage" in str(error) else last_error(str(error))
+        _on_two(engine, model.work / "arbitrary", "pipeline_parallel_size")
+    except CommandError as error:
+        problem = None if "puts in an earlier stage" in error.printed else str(error)
     return Check("pipeline parallel 2, a map across the stages", "" if problem else "refused at load", problem)
 
 
@@ -259,7 +246,7 @@ def _write_tasks(tasks: Path) -> None:
         "doc_to_text": "{{text}}",
         "target_delimiter": "",
     }
-    kinds: dict[str, dict[str, Any]] = {
+    own_fields: dict[str, dict[str, Any]] = {
         "skv_choice": {
             "output_type": "multiple_choice",
             "doc_to_choice": "{{choices}}",
@@ -272,7 +259,7 @@ def _write_tasks(tasks: Path) -> None:
             "metric_list": [{"metric": "perplexity"}],
         },
     }
-    for name, fields in kinds.items():
+    for name, fields in own_fields.items():
         (tasks / f"{name}.yaml").write_text(json.dumps({"task": name, **shared, **fields}))
 
 
@@ -282,7 +269,7 @@ def _harness(engine: Engine, model: Model) -> Check:
         raise UserError("--lm-eval is for models with data.tokenizer byte: the strings must be equally long in tokens")
     folder, tasks, out = model.work / "arbitrary", model.work / "tasks", model.work / "harness"
     _write_tasks(tasks)
-    given = [
+    command = [
         engine.python,
         "-m",
         "lm_eval",
@@ -304,7 +291,7 @@ def _harness(engine: Engine, model: Model) -> Check:
         "--output_path",
         str(out),
     ]
-    _run(given, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(model.work / "home"))
+    run_command(command, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HOME=str(model.work / "home"))
     scored: dict[tuple[str, str], float] = {}
     for file in sorted(out.rglob("samples_*.jsonl")):
         for sample in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
@@ -340,11 +327,11 @@ def _maps_in(engines: Sequence[Engine], model: Model) -> Iterator[tuple[str, lis
         for engine in engines:
             print(f"{engine.label}: {name}", flush=True)
             try:
-                found = verify(model.checkpoint, model.work / name, engine.name, engine.python)
+                measured = verify(model.checkpoint, model.work / name, engine.name, engine.python)
             except UserError as error:
-                failures.append(f"{engine.label}, {name}: {last_error(str(error))}")
+                failures.append(f"{engine.label}, {name}: {error}")
                 continue
-            findings += [replace(finding, engine=engine.label) for finding in found]
+            findings += [replace(finding, engine=engine.label) for finding in measured]
         wrong = [f"{finding.engine}, {name}: {problem}" for finding in findings if (problem := finding.problem())]
         text = ["", f"## {name.capitalize()} map `{list(sources)}`", "", table(findings), *failures]
         yield "\n".join(text), failures + wrong
@@ -358,12 +345,12 @@ def _further_in(engines: Sequence[Engine], model: Model) -> Iterator[tuple[str, 
             try:
                 check = measure(engine, model)
             except UserError as error:
-                check = Check(measure.__name__.strip("_").replace("_", " "), "failed", last_error(str(error)))
-            row = f"| {engine.label} | {check.what} | {check.measured} | {check.problem or 'ok'} |"
-            yield row, [f"{engine.label}, {check.what}: {check.problem}"] if check.problem else []
+                check = Check(measure.__name__.strip("_").replace("_", " "), "failed", str(error))
+            row = f"| {engine.label} | {check.name} | {check.measured} | {check.problem or 'ok'} |"
+            yield row, [f"{engine.label}, {check.name}: {check.problem}"] if check.problem else []
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m skv_tools.bench.engines", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True, help="the report to write")
@@ -371,20 +358,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for name in list(_PACKAGES)[1:]:
         parser.add_argument(f"--{name}", nargs=1, default=[], metavar="PYTHON")
     parser.add_argument("--checkpoint", type=Path, help="compare this one instead of a random model")
-    return parser.parse_args(argv)
+    return parser
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
-    given = _parse(argv)
-    engines = [_find(name, python) for name in _PACKAGES for python in getattr(given, name.replace("-", "_"))]
+    arguments = _parser().parse_args(argv)
+    engines = [_find(name, python) for name in _PACKAGES for python in getattr(arguments, name.replace("-", "_"))]
     if not engines:
         raise UserError("name an engine: --transformers, --onnx, --mlx, --vllm or --lm-eval")
     text = [
         "# Exported maps in inference engines",
         "",
-        f"{datetime.date.today()}, {platform.machine()} CPU, {os.cpu_count()} cores; skv-dist {__version__}; "
-        f"{given.checkpoint or 'a random Qwen3 of 8 layers'}, float32; limit of Δ log p {TOLERANCE:g}",
+        f"{datetime.date.today()}, {platform.machine()} CPU, {os.cpu_count()} cores; {software()}; "
+        f"{arguments.checkpoint or 'a random Qwen3 of 8 layers'}, float32; limit of Δ log p {TOLERANCE:g}",
         "",
         f"`python -m skv_tools.bench.engines {shlex.join(argv)}`",
         "",
@@ -393,17 +380,17 @@ def main(argv: list[str]) -> int:
     ]
     text += [f"| {e.name} | {', '.join(f'{name} {v}' for name, v in e.versions.items())} |" for e in engines]
     text += [f"| {name} | not run |" for name in _PACKAGES if name not in {e.name for e in engines}]
-    wrong: list[str] = []
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
-        model = _export(given.checkpoint or _random_checkpoint(Path(scratch)), Path(scratch))
-        that_verify_knows = [engine for engine in engines if engine.name in RUNNERS]
-        for lines, problems in chain(_maps_in(that_verify_knows, model), _further_in(engines, model)):
+        model = _export(arguments.checkpoint or _random_checkpoint(Path(scratch)), Path(scratch))
+        with_runner = [engine for engine in engines if engine.name in ENGINES]
+        for lines, problems in chain(_maps_in(with_runner, model), _further_in(engines, model)):
             text.append(lines)
-            wrong += problems
-    text += ["", "Failed:" if wrong else "Everything that ran passed.", *(f"- {problem}" for problem in wrong)]
-    given.out.write_text("\n".join(text) + "\n", encoding="utf-8")
-    print(f"{given.out}: {f'{len(wrong)} failed' if wrong else 'everything that ran passed'}")
-    return 1 if wrong else 0
+            failed += problems
+    text += ["", "Failed:" if failed else "Everything that ran passed.", *(f"- {problem}" for problem in failed)]
+    arguments.out.write_text("\n".join(text) + "\n", encoding="utf-8")
+    print(f"{arguments.out}: {f'{len(failed)} failed' if failed else 'everything that ran passed'}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

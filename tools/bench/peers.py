@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import datetime
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -31,11 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.model import ModelConfig
-from skv_dist.errors import UserError, command
+from skv_dist.errors import UserError
 from skv_dist.training.throughput import flops_per_token, peak_flops
+from skv_dist.versions import package_versions
 
-from .shapes import SHAPES
+from ..vocabulary import vocab_size
+from .machine import device_name, synchronize
+from .shapes import SHAPES, read_shape, run_config
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MASTERS = {
@@ -99,36 +102,37 @@ class Optimizer:
 
 
 def _gradients(parameters: list[nn.Parameter]) -> list[Tensor]:
-    found = [p.grad for p in parameters if p.grad is not None]
-    if len(found) < len(parameters):
-        raise RuntimeError(f"{len(parameters) - len(found)} parameters got no gradient")
-    return found
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if len(gradients) < len(parameters):
+        raise RuntimeError(f"{len(parameters) - len(gradients)} parameters got no gradient")
+    return gradients
 
 
 def _dtype(masters: str) -> torch.dtype:
     return torch.float32 if masters == "autocast" else torch.bfloat16
 
 
-def _transformers(shape: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> Peer:
+def _transformers(shape: ModelConfig, arguments: argparse.Namespace, device: torch.device) -> Peer:
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     fields = {
-        "vocab_size": shape["vocab_size"],
-        "hidden_size": shape["hidden_size"],
-        "intermediate_size": shape["ffn_hidden_size"],
-        "num_hidden_layers": shape["num_layers"],
-        "num_attention_heads": shape["num_attention_heads"],
-        "num_key_value_heads": shape["num_kv_heads"],
-        "head_dim": shape["head_dim"],
-        "tie_word_embeddings": shape["tie_embeddings"],
+        "vocab_size": vocab_size(shape),
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.ffn_hidden_size,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.kv_channels,
+        "rms_norm_eps": shape.norm_eps,
+        "tie_word_embeddings": shape.tie_embeddings,
         "max_position_embeddings": max(arguments.sequence_length, 2048),
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape["rope_theta"]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
         "use_cache": False,
         "attn_implementation": "sdpa",
     }
-    kinds = (Qwen3Config, Qwen3ForCausalLM) if shape["qk_norm"] else (LlamaConfig, LlamaForCausalLM)
+    config_class, model_class = (Qwen3Config, Qwen3ForCausalLM) if shape.qk_norm else (LlamaConfig, LlamaForCausalLM)
     with _default_dtype(_dtype(arguments.masters)), device:
-        model = kinds[1](kinds[0](**fields))
+        model = model_class(config_class(**fields))
     model.train()
     run = model
     if arguments.compile == "model":
@@ -140,7 +144,7 @@ def _transformers(shape: dict[str, Any], arguments: argparse.Namespace, device: 
     compiled = {"model": "whole model and loss compiled", "layers": "each layer and the loss compiled", "none": "eager"}
     # While it is traced transformers cannot see that a batch is not packed, and builds a mask, with which there is no
     # flash attention. Qwen3 takes a ready one, also none; Llama has no such way.
-    masked = arguments.compile == "model" and not shape["qk_norm"]
+    masked = arguments.compile == "model" and not shape.qk_norm
     extra = {"attention_mask": {"full_attention": None}} if arguments.compile == "model" and not masked else {}
 
     def loss(tokens: Tensor, labels: Tensor) -> Tensor:
@@ -150,12 +154,12 @@ def _transformers(shape: dict[str, Any], arguments: argparse.Namespace, device: 
     return Peer(
         list(model.parameters()),
         loss,
-        f"{kinds[1].__name__}, attention sdpa ({'under a mask tensor' if masked else 'causal, no mask tensor'}), "
+        f"{model_class.__name__}, attention sdpa ({'under a mask tensor' if masked else 'causal, no mask tensor'}), "
         f"{compiled[arguments.compile]}, its own cross-entropy on logits upcast to fp32",
     )
 
 
-def _megatron(shape: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> Peer:
+def _megatron(shape: ModelConfig, arguments: argparse.Namespace, device: torch.device) -> Peer:
     if arguments.masters == "autocast":
         raise UserError("megatron-core casts no parameters under autocast: use --masters copies or none")
     if arguments.compile == "model":
@@ -170,12 +174,12 @@ def _megatron(shape: dict[str, Any], arguments: argparse.Namespace, device: torc
     model = GPTModel(
         config=_megatron_config(shape, arguments.compile != "none"),
         transformer_layer_spec=_megatron_spec(shape),
-        vocab_size=shape["vocab_size"],
+        vocab_size=vocab_size(shape),
         max_sequence_length=arguments.sequence_length,
         parallel_output=True,
-        share_embeddings_and_output_weights=shape["tie_embeddings"],
+        share_embeddings_and_output_weights=shape.tie_embeddings,
         position_embedding_type="rope",
-        rotary_base=int(shape["rope_theta"]),
+        rotary_base=int(shape.rope_theta),
     ).to(device=device, dtype=torch.bfloat16)  # as Megatron's Float16Module
     model.train()
     if arguments.compile == "layers":
@@ -197,22 +201,22 @@ def _megatron(shape: dict[str, Any], arguments: argparse.Namespace, device: torc
     )
 
 
-def _megatron_config(shape: dict[str, Any], compiled: bool) -> Any:
+def _megatron_config(shape: ModelConfig, compiled: bool) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     on_gpu = torch.cuda.is_available()
     return TransformerConfig(
-        num_layers=shape["num_layers"],
-        hidden_size=shape["hidden_size"],
-        ffn_hidden_size=shape["ffn_hidden_size"],
-        num_attention_heads=shape["num_attention_heads"],
-        num_query_groups=shape["num_kv_heads"],
-        kv_channels=shape["head_dim"],
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.kv_channels,
         params_dtype=torch.bfloat16,
         bf16=True,
         normalization="RMSNorm",
-        layernorm_epsilon=1e-6,
-        qk_layernorm=shape["qk_norm"],
+        layernorm_epsilon=shape.norm_eps,
+        qk_layernorm=shape.qk_norm,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
@@ -228,12 +232,12 @@ def _megatron_config(shape: dict[str, Any], compiled: bool) -> Any:
     )
 
 
-def _megatron_spec(shape: dict[str, Any]) -> Any:
+def _megatron_spec(shape: ModelConfig) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from skv_dist.model.attention import SdpaCoreAttention
 
-    spec = get_gpt_layer_local_spec(qk_layernorm=shape["qk_norm"], normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_norm, normalization="RMSNorm")
     spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
     return spec
 
@@ -249,24 +253,25 @@ def _compile_megatron_layers(model: Any) -> None:
         layer.compile(dynamic=False)
 
 
-def _torchtitan(shape: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> Peer:
+def _torchtitan(shape: ModelConfig, arguments: argparse.Namespace, device: torch.device) -> Peer:
     try:
         arguments_module = importlib.import_module("torchtitan.models.qwen3.model.args")
         model_module = importlib.import_module("torchtitan.models.qwen3.model.model")
     except ImportError as error:  # 0.3 has moved it, and has no attention without flex or varlen
         raise NotRunError(f"torchtitan 0.2.2 and what it imports are needed: {error}") from error
     fields = arguments_module.Qwen3ModelArgs(
-        dim=shape["hidden_size"],
-        n_layers=shape["num_layers"],
-        n_heads=shape["num_attention_heads"],
-        n_kv_heads=shape["num_kv_heads"],
-        head_dim=shape["head_dim"],
-        hidden_dim=shape["ffn_hidden_size"],
-        vocab_size=shape["vocab_size"],
-        rope_theta=shape["rope_theta"],
-        qk_norm=shape["qk_norm"],
+        dim=shape.hidden_size,
+        n_layers=shape.num_layers,
+        n_heads=shape.num_attention_heads,
+        n_kv_heads=shape.num_kv_heads,
+        head_dim=shape.kv_channels,
+        hidden_dim=shape.ffn_hidden_size,
+        vocab_size=vocab_size(shape),
+        norm_eps=shape.norm_eps,
+        rope_theta=shape.rope_theta,
+        qk_norm=shape.qk_norm,
         max_seq_len=arguments.sequence_length,
-        enable_weight_tying=shape["tie_embeddings"],
+        enable_weight_tying=shape.tie_embeddings,
     )
     with _default_dtype(_dtype(arguments.masters)), device:
         model = model_module.Qwen3Model(fields)
@@ -291,7 +296,7 @@ def _torchtitan(shape: dict[str, Any], arguments: argparse.Namespace, device: to
     )
 
 
-PEERS: dict[str, Callable[[dict[str, Any], argparse.Namespace, torch.device], Peer]] = {
+PEERS: dict[str, Callable[[ModelConfig, argparse.Namespace, torch.device], Peer]] = {
     "transformers": _transformers,
     "megatron": _megatron,
     "torchtitan": _torchtitan,
@@ -318,40 +323,42 @@ def _batches(vocab_size: int, arguments: argparse.Namespace, device: torch.devic
         yield tokens, tokens.roll(-1, 1)
 
 
-def _train(peer: Peer, vocab_size: int, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _train(peer: Peer, shape: ModelConfig, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Warm up, then time each step."""
     optimizer = Optimizer(peer.parameters, arguments.masters == "copies", arguments.clip)
-    batches = _batches(vocab_size, arguments, device)
+    batches = _batches(vocab_size(shape), arguments, device)
     autocast = arguments.masters == "autocast"
     seconds, losses = [], []
     for step in range(arguments.warmup + arguments.steps):
         if step == arguments.warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         drawn = [next(batches) for _ in range(arguments.accumulate)]
-        _synchronize(device)
+        synchronize(device)
         began = time.perf_counter()
-        total = torch.zeros((), device=device)
+        step_loss = torch.zeros((), device=device)
         for tokens, labels in drawn:
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 loss = peer.loss(tokens, labels) / arguments.accumulate
             loss.backward()
             optimizer.collect()
-            total += loss.detach()
+            step_loss += loss.detach()
         optimizer.step()
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - began)
-        losses.append(total.item())
-    return _summary(seconds, losses, arguments, device)
+        losses.append(step_loss.item())
+    return _summary(seconds, losses, shape, arguments, device)
 
 
 def _summary(
-    seconds: list[float], losses: list[float], arguments: argparse.Namespace, device: torch.device
+    seconds: list[float], losses: list[float], shape: ModelConfig, arguments: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     timed = sorted(seconds[arguments.warmup :])
     median = statistics.median(timed)
-    tokens = arguments.micro_batch * arguments.sequence_length * arguments.accumulate
-    model = ModelConfig(**SHAPES[arguments.shape])
-    rate = flops_per_token(model, SHAPES[arguments.shape]["vocab_size"], arguments.sequence_length) * tokens / median
+    batch_size = arguments.micro_batch * arguments.accumulate
+    tokens = batch_size * arguments.sequence_length
+    batch = {"global_batch_size": batch_size, "micro_batch_size": arguments.micro_batch}
+    run = run_config(shape, arguments.sequence_length, {"steps": arguments.steps, **batch})
+    rate = flops_per_token(run) * tokens / median
     peak = peak_flops(device)
     return {
         "tokens_per_second": tokens / median,
@@ -365,11 +372,6 @@ def _summary(
     }
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def _ceiling(size: int, device: torch.device) -> dict[str, Any]:
     """TFLOP/s of a bf16 matrix product [size, size] x [size, size] on random data."""
     left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
@@ -378,36 +380,31 @@ def _ceiling(size: int, device: torch.device) -> dict[str, Any]:
         torch.mm(left, right, out=out)
     rates = []
     for _ in range(5):
-        _synchronize(device)
+        synchronize(device)
         began = time.perf_counter()
         for _ in range(10):
             torch.mm(left, right, out=out)
-        _synchronize(device)
+        synchronize(device)
         rates.append(10 * 2 * size**3 / (time.perf_counter() - began) / 1e12)
     return {"bf16_matmul": size, "tflops_per_second": statistics.median(rates), "best": max(rates)}
 
 
 def _environment(device: torch.device) -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "megatron-core", "torchtitan"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    packages = package_versions(("torch", "triton", "transformers", "megatron-core", "torchtitan"))
     return {
         "date": str(datetime.date.today()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": device_name(device),
         "command": "python -m skv_tools.bench.peers " + " ".join(sys.argv[1:]),
-        "versions": versions,
+        "software": f"Python {platform.python_version()}, {packages}",
     }
 
 
 def _run_peer(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    shape = SHAPES[arguments.shape]
+    shape = read_shape(arguments.shape)
     if arguments.masters == "fp32":
         arguments.masters = "copies" if arguments.peer == "megatron" else "autocast"
     if arguments.compile is None:
-        whole = arguments.peer == "transformers" and shape["qk_norm"]  # see _transformers
+        whole = arguments.peer == "transformers" and shape.qk_norm  # see _transformers
         arguments.compile = "model" if whole else "layers"
     record: dict[str, Any] = {
         name: getattr(arguments, name)
@@ -420,7 +417,7 @@ def _run_peer(arguments: argparse.Namespace, device: torch.device) -> dict[str, 
             f"{peer.description}; {MASTERS[arguments.masters]}, fused AdamW; no activation checkpointing; {clip}"
         )
         record["parameters"] = sum(p.numel() for p in peer.parameters)
-        record |= _train(peer, shape["vocab_size"], arguments, device)
+        record |= _train(peer, shape, arguments, device)
     except NotRunError as reason:
         record["not_run"] = str(reason)
     except torch.OutOfMemoryError as error:
@@ -451,7 +448,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.ceiling == (arguments.peer is not None):

@@ -1,17 +1,17 @@
 """Time to plan a forward pass on the host: ``python -m skv_tools.bench.planning [LAYERS]``."""
 
-import platform
 import sys
 import time
 
 from skv_dist.config.policy import build_policy
 from skv_dist.config.routing import RoutingConfig
 from skv_dist.routing.draw import DrawKey
+from skv_dist.versions import software
 
 
 def main() -> int:
     layers = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    print(f"Python {platform.python_version()}, {layers} layers; draw, check and liveness at every boundary")
+    print(f"{software()}; {layers} layers; draw, check and liveness at every boundary")
     for policy in ("r_cla", "subset", "rd_cla"):
         drawn = build_policy(RoutingConfig(policy=policy), layers)
         times = []

@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from skv_dist.errors import command
+from skv_dist.commands.entry_point import entry_point
 
-from .shapes import SHAPES
+from .shapes import SHAPES, read_shape
 
 # label: arguments of `peers`
 PEERS = {
@@ -48,25 +48,34 @@ def _run(module: str, arguments: list[str]) -> dict[str, Any]:
         return dict(json.loads(out.read_text()))
 
 
-def _row(label: str, found: dict[str, Any], ceiling: float | None, ours: float) -> str:
-    if "not_run" in found:
-        return f"| {label} | not run: {found['not_run']} | | | | | |\n"
-    rate, tflops = found["tokens_per_second"], found["model_tflops_per_second"]
-    mfu = f"{found['mfu']:.3f}" if found["mfu"] else "–"
+def _row(label: str, measured: dict[str, Any], ceiling: float | None, ours: float) -> str:
+    if "not_run" in measured:
+        return f"| {label} | not run: {measured['not_run']} | | | | | |\n"
+    rate, tflops = measured["tokens_per_second"], measured["model_tflops_per_second"]
+    mfu = f"{measured['mfu']:.3f}" if measured["mfu"] else "–"
     of_ceiling = f"{tflops / ceiling:.3f}" if ceiling else "–"
-    peak = f"{found['peak_gib']:.1f}" if found["peak_gib"] else "–"
+    peak = f"{measured['peak_gib']:.1f}" if measured["peak_gib"] else "–"
     return f"| {label} | {rate:,.0f} | {tflops:.1f} | {mfu} | {of_ceiling} | {peak} | {ours / rate:.2f} x |\n"
 
 
+def _notes_on(ours: dict[str, Any]) -> str:
+    waits = [f"{ours[key]['waits_per_step']:.2f} ({label})" for label, key in (("dense", "none"), ("routed", "r_cla"))]
+    return (
+        f"\nOurs: bf16 parameters with fp32 masters, gradients and moments. Graphs compiled after the warm-up: "
+        f"{ours['recompiled']}. Waits of the host for the GPU per step: {', '.join(waits)}; one is the reading of loss "
+        "and norm at its end.\n\n"
+    )
+
+
 def _breakdown(ours: dict[str, Any]) -> str:
-    rows = "| kind | " + " | ".join(ours) + " |\n|---" + "|---" * len(ours) + "|\n"
-    for kind in next(iter(ours.values()))["milliseconds"]:
-        rows += f"| {kind} | " + " | ".join(f"{o['milliseconds'].get(kind, 0.0):.1f}" for o in ours.values()) + " |\n"
-    return f"\nGPU time of one step by kind of kernel (ms):\n\n{rows}"
+    rows = "| kernels | " + " | ".join(ours) + " |\n|---" + "|---" * len(ours) + "|\n"
+    for group in next(iter(ours.values()))["milliseconds"]:
+        times = [report["milliseconds"].get(group, 0.0) for report in ours.values()]
+        rows += f"| {group} | " + " | ".join(f"{time:.1f}" for time in times) + " |\n"
+    return f"\nGPU time of one step by group of kernels (ms):\n\n{rows}"
 
 
-@command
-def main(argv: list[str]) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bench.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,46 +87,35 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--warmup", default="5", help="before them (default: 5)")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.md")
-    arguments = parser.parse_args(argv)
-    batch = [
-        "--shape",
-        arguments.shape,
-        "--sequence-length",
-        arguments.sequence_length,
-        "--micro-batch",
-        arguments.micro_batch,
-        "--accumulate",
-        arguments.accumulate,
-        "--warmup",
-        arguments.warmup,
-    ]
+    return parser
+
+
+@entry_point
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    read_shape(arguments.shape)  # refused here, not in each trainer's process
+    batch = [f"--shape={arguments.shape}", f"--sequence-length={arguments.sequence_length}"]
+    batch += [f"--micro-batch={arguments.micro_batch}", f"--accumulate={arguments.accumulate}"]
+    batch += [f"--warmup={arguments.warmup}"]
     ceiling = _run("peers", ["--ceiling"]).get("tflops_per_second")
-    steps = str(int(arguments.steps) + int(arguments.warmup))
-    ours = _run("train", [*batch, "--steps", steps, "--rounds", "1", "--profile"])
+    steps = int(arguments.steps) + int(arguments.warmup)
+    ours = _run("train", [*batch, f"--steps={steps}", "--rounds=1", "--profile"])
     text = (
         f"{datetime.date.today()}, {ours.get('device')}, {ours.get('software')}; bf16 matrix product of 8192^3: "
         f"{ceiling or 0:.0f} TFLOP/s\n\n`python -m skv_tools.bench.speed {' '.join(argv)}`\n\n{HEADER}"
     )
     routed = ours["r_cla"]["tokens_per_second"] if "r_cla" in ours else float("nan")
-    policies = {label: ours.get(key, ours) for label, key in (("dense", "none"), ("routed (r_cla 0.5)", "r_cla"))}
-    for label, found in policies.items():
-        text += _row(f"ours, {label}", found, ceiling, routed)
-    arguments.out.write_text(text)
+    for label, policy in (("dense", "none"), ("routed (r_cla 0.5)", "r_cla")):
+        text += _row(f"ours, {label}", ours.get(policy, ours), ceiling, routed)
+    arguments.out.write_text(text)  # after each trainer: the time for a call may run out
     notes = ""
     for label in arguments.peers:
-        found = _run("peers", [*batch, *PEERS[label], "--steps", arguments.steps, "--clip", "1.0"])
-        text += _row(label, found, ceiling, routed)
-        notes += f"- {label}: {found.get('description', 'not run')}\n"
+        report = _run("peers", [*batch, *PEERS[label], f"--steps={arguments.steps}", "--clip=1.0"])
+        text += _row(label, report, ceiling, routed)
+        notes += f"- {label}: {report.get('description', 'not run')}\n"
         arguments.out.write_text(text)
     if "none" in ours:
-        waits = ", ".join(
-            f"{ours[key]['waits_per_step']:.2f} ({label})" for label, key in (("dense", "none"), ("routed", "r_cla"))
-        )
-        text += (
-            f"\nOurs: bf16 parameters with fp32 masters, gradients and moments. Graphs compiled after the warm-up: "
-            f"{ours['recompiled']}. Waits of the host for the GPU per step: {waits}; one is the reading of loss and "
-            f"norm at its end.\n\n{notes}{_breakdown({k: ours[k] for k in ('none', 'r_cla')})}"
-        )
+        text += _notes_on(ours) + notes + _breakdown({policy: ours[policy] for policy in ("none", "r_cla")})
     arguments.out.write_text(text)
     print(text)
     return 0

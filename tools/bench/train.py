@@ -6,7 +6,7 @@
 Random tokens; all else is what ``skv-train`` runs, over as many replicas as there are processes: data thread, guard,
 clipping, AdamW with fp32 masters. Writes the median tokens/s of each routing policy, peak memory, the losses, how often
 the host waited for the GPU within a step, graphs compiled after the warm-up, and with ``--profile`` the GPU time of one
-step by kind of kernel.
+step by group of kernels.
 """
 
 import argparse
@@ -20,22 +20,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.run import RunConfig, derive
 from skv_dist.data.packing import Sample
-from skv_dist.errors import UserError, command
+from skv_dist.errors import UserError
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.engines.create import create_engine
 from skv_dist.parallel.processes import groups
 from skv_dist.parallel.processes.groups import World
 from skv_dist.training.callbacks import Callback, Metrics
-from skv_dist.training.report import software
 from skv_dist.training.throughput import flops_per_token, peak_flops
 from skv_dist.training.trainer import Trainer
+from skv_dist.versions import software
 
-from .shapes import SHAPES
+from .machine import device_name
+from .shapes import SHAPES, read_shape, run_config
 
-# Kinds of kernels by a part of their names; the first that fits. Inductor names its kernels after what it fused.
-_KINDS = {
+# Groups of kernels by a part of their names; the first that fits. Inductor names its kernels after what it fused.
+_KERNEL_GROUPS = {
     "attention": ("flash", "fmha", "cudnn", "sdpa"),
     "loss": ("exp",),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
@@ -69,8 +71,8 @@ class _Watch(Callback):
         self._steps = 0
         self._caught: Any = None
         self.waits = 0
-        self.kinds: dict[str, float] = {}
-        self.kernels: list[tuple[str, float, int]] = []
+        self.milliseconds: dict[str, float] = {}  # by group of kernels
+        self.kernels: list[tuple[str, float, int]] = []  # name, milliseconds, number of calls
         self._profiler: Any = None
 
     def on_start(self, step: int, steps: int) -> None:
@@ -107,8 +109,8 @@ class _Watch(Callback):
         by_name: dict[str, list[float]] = defaultdict(list)
         for kernel in kernels:
             name = kernel.name.lower()
-            kind = next(kind for kind, parts in _KINDS.items() if any(part in name for part in parts))
-            sums[kind] += kernel.time_range.elapsed_us() / 1e3
+            group = next(group for group, parts in _KERNEL_GROUPS.items() if any(part in name for part in parts))
+            sums[group] += kernel.time_range.elapsed_us() / 1e3
             by_name[kernel.name].append(kernel.time_range.elapsed_us() / 1e3)
         if not kernels:
             print("the profiler saw no kernel", flush=True)
@@ -118,47 +120,31 @@ class _Watch(Callback):
         for begin, stop in spans:
             busy += max(0.0, stop - max(begin, end))
             end = max(end, stop)
-        self.kinds = {**sums, "idle": (spans[-1][1] - spans[0][0] - busy) / 1e3}
+        self.milliseconds = {**sums, "idle": (spans[-1][1] - spans[0][0] - busy) / 1e3}
         self.kernels = sorted(((n, sum(t), len(t)) for n, t in by_name.items()), key=lambda entry: -entry[1])
 
 
 def _config(arguments: argparse.Namespace, policy: str, replicas: int) -> RunConfig:
-    on_gpu = torch.cuda.is_available()
-    return RunConfig.model_validate(
-        {
-            "model": {**SHAPES[arguments.shape], "max_position_embeddings": arguments.sequence_length},
-            "routing": {"policy": policy},
-            "data": {
-                "sequence_length": arguments.sequence_length,
-                "sources": [{"path": "none", "format": "text"}],
-                "validation_fraction": 0.0,
-            },
-            "parallel": {"zero_stage": arguments.zero_stage},
-            "train": {
-                "steps": arguments.steps,
-                "output_dir": "unused",
-                "precision": "bf16",
-                "compile": on_gpu,
-                "global_batch_size": arguments.micro_batch * arguments.accumulate * replicas,
-                "micro_batch_size": arguments.micro_batch,
-                "recompute": arguments.recompute,
-            },
-            "optimizer": {"lr": 1e-4, "schedule": "constant"},
-            "eval": {"every": 0},
-        }
-    )
+    train = {
+        "steps": arguments.steps,
+        "compile": torch.cuda.is_available(),
+        "global_batch_size": arguments.micro_batch * arguments.accumulate * replicas,
+        "micro_batch_size": arguments.micro_batch,
+        "recompute": arguments.recompute,
+    }
+    shape = read_shape(arguments.shape)
+    return run_config(shape, arguments.sequence_length, train, policy=policy, zero_stage=arguments.zero_stage)
 
 
 def _measure(engine: Engine, run: RunConfig, world: World, warmup: int, profile: bool) -> _Watch:
     derived = derive(run, world.size)
-    vocab_size = run.model.vocab_size or 0
     watch = _Watch(warmup, profile)
-    samples = _Random(vocab_size, run.data.sequence_length)
-    Trainer(run, derived, world, engine, vocab_size, samples, [watch]).fit()
+    samples = _Random(run.vocab_size, run.data.sequence_length)
+    Trainer(run, derived, world, engine, samples).fit([watch])
     return watch
 
 
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -184,9 +170,8 @@ def main(argv: list[str]) -> int:
     runs = {policy: _config(arguments, policy, replicas) for policy in arguments.routing}
     first = runs[arguments.routing[0]]
     world = groups.start(first.parallel)
-    vocab_size = first.model.vocab_size or 0
-    engine = create_engine(first, vocab_size, world.device)
-    found: dict[str, list[_Watch]] = {policy: [] for policy in runs}
+    engine = create_engine(first, world.device)
+    watches_of: dict[str, list[_Watch]] = {policy: [] for policy in runs}
     compiled = 0
     for turn in range(arguments.rounds + 1):  # the first compiles
         if turn == 1:
@@ -195,20 +180,19 @@ def main(argv: list[str]) -> int:
                 torch.cuda.reset_peak_memory_stats()
         for policy, run in runs.items():
             last = turn == arguments.rounds and arguments.profile and world.device.type == "cuda"
-            found[policy].append(_measure(engine, run, world, arguments.warmup, last))
-    flops = flops_per_token(first.model, vocab_size, first.data.sequence_length)
+            watches_of[policy].append(_measure(engine, run, world, arguments.warmup, last))
+    flops = flops_per_token(first)
     peak = peak_flops(world.device)
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     report: dict[str, Any] = {
-        "what": "skv-dist",
-        "device": device,
+        "trainer": "skv-dist",
+        "device": device_name(world.device),
         "replicas": replicas,
         "software": software(),
         "command": " ".join(argv),
         "flops_per_token": flops,
         "recompiled": counters["stats"]["unique_graphs"] - compiled,
     }
-    for policy, watches in found.items():
+    for policy, watches in watches_of.items():
         rates = [float(m["tokens_per_second"]) for w in watches[1:] for m in w.metrics[arguments.warmup : -1]]
         rate = statistics.median(rates)
         steps = sum(len(w.metrics) - arguments.warmup for w in watches[1:])
@@ -219,7 +203,7 @@ def main(argv: list[str]) -> int:
             "peak_gib": float(watches[-1].metrics[-1]["peak_memory_bytes"]) / 2**30,
             "waits_per_step": sum(w.waits for w in watches[1:]) / steps,
             "losses": [m["loss"] for m in watches[0].metrics],
-            "milliseconds": watches[-1].kinds,
+            "milliseconds": watches[-1].milliseconds,
             "kernels": watches[-1].kernels[:80],
         }
         if world.is_first:

@@ -1,28 +1,115 @@
 """``skv-convert``: checkpoints from and to Hugging Face folders, each export verified against where it came from."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from skv_dist.errors import UserError, command
+from skv_dist.commands.entry_point import entry_point
+from skv_dist.errors import UserError
 
 
-def _add_text(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text", type=Path, help="file whose beginning is compared on (default: a few sentences)")
-    parser.add_argument("--tokens", type=int, default=64, help="length of the text compared on (default: 64)")
+def _from_hf(arguments: argparse.Namespace) -> int:
+    from .from_hf import MODEL_FILE, from_hf
+
+    num_parameters = from_hf(arguments.folder, arguments.out, arguments.tokenizer)
+    out = arguments.out.resolve()
+    print(f"{arguments.out}: {num_parameters:,} parameters. To train from it, in the configuration of a run:")
+    print(f"  base: {out / MODEL_FILE}\n  checkpoint: {{init_from: {out}}}")
+    return 0
+
+
+def _to_hf(arguments: argparse.Namespace) -> int:
+    from skv_dist.checkpoint.frozen_model import config_of
+    from skv_dist.files import new_folder
+
+    from .card import write_card
+    from .findings import first_problem, table
+    from .hf_config import OUR_MODEL_TYPE
+    from .hf_folder import read_json
+    from .reference import comparison_text
+    from .to_hf import Export, write_folder
+    from .verify import verify
+
+    if arguments.shard_gb <= 0:
+        raise UserError("--shard-gb must be greater than 0")
+    sources = _asked_map(arguments, config_of(arguments.checkpoint).model.num_layers)
+    shard_bytes = int(arguments.shard_gb * 2**30)
+    export = Export(sources, arguments.adaptive, arguments.architecture, arguments.dtype, shard_bytes)
+    text = comparison_text(arguments.text, arguments.tokens)
+    with new_folder(arguments.out) as folder:
+        write_folder(arguments.checkpoint, folder, export)
+        findings = []
+        if not arguments.no_verify:
+            findings = verify(arguments.checkpoint, folder, "transformers", text=text, max_tokens=arguments.tokens)
+            print(table(findings))
+        problem = first_problem(findings)
+        if problem is not None:
+            raise UserError(f"the export is not the checkpoint and was removed: {problem}")
+        write_card(arguments.checkpoint, folder, arguments.out.name, export, findings)
+    config = read_json(arguments.out / "config.json")
+    size = sum(path.stat().st_size for path in arguments.out.iterdir())
+    print(f"{arguments.out}: {config['architectures'][0]}, {config['dtype']}, {size / 2**20:,.1f} MiB")
+    if config["model_type"] == OUR_MODEL_TYPE:
+        print(f"vLLM saves nothing without its plugin, pip install 'skv-dist[vllm]': see {arguments.out}/README.md")
+    return 0
+
+
+def _asked_map(arguments: argparse.Namespace, num_layers: int) -> tuple[int, ...]:
+    """``kv_source_layers`` as one of the four options says it."""
+    from skv_dist.routing import map_from_cached_layers, map_from_retention, validate_sharing_map
+
+    if arguments.retention is not None:
+        return map_from_retention(num_layers, arguments.retention)
+    if arguments.cached_layers is not None:
+        return map_from_cached_layers(num_layers, arguments.cached_layers)
+    if arguments.kv_source_layers is not None:
+        return validate_sharing_map(arguments.kv_source_layers, num_layers)
+    return tuple(range(num_layers))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from .findings import first_problem, table
+    from .reference import comparison_text
+    from .verify import verify
+
+    findings = verify(
+        arguments.checkpoint,
+        arguments.exported,
+        arguments.engine,
+        arguments.python,
+        comparison_text(arguments.text, arguments.tokens),
+        arguments.tokens,
+    )
+    print(table(findings))
+    return 1 if first_problem(findings) else 0
+
+
+def _to_onnx(arguments: argparse.Namespace) -> int:
+    from skv_dist.files import new_folder
+
+    from ..engines.export.onnx_genai import export_onnx
+
+    try:
+        with new_folder(arguments.out) as folder:
+            export_onnx(arguments.exported, folder)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(f"{arguments.out}: written; to compare: skv-convert verify CHECKPOINT {arguments.exported} --engine onnx")
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="skv-convert", description=__doc__)
-    actions = parser.add_subparsers(dest="action", required=True)
+    actions = parser.add_subparsers(required=True)
 
     start = actions.add_parser("from-hf", help="Llama, Qwen3 or Mistral folder -> checkpoint for checkpoint.init_from")
+    start.set_defaults(action=_from_hf)
     start.add_argument("folder", type=Path, help="holds config.json, safetensors and a tokenizer")
     start.add_argument("out", type=Path, help="folder to create")
     start.add_argument("--tokenizer", metavar="NAME", help="for data.tokenizer (default: the folder's own)")
 
     export = actions.add_parser("to-hf", help="checkpoint of any layout -> folder for inference engines")
+    export.set_defaults(action=_to_hf)
     export.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100")
     export.add_argument("out", type=Path, help="folder to create")
     sharing = export.add_mutually_exclusive_group()
@@ -38,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_text(export)
 
     check = actions.add_parser("verify", help="compare an exported folder with its checkpoint, in an engine")
+    check.set_defaults(action=_verify)
     check.add_argument("checkpoint", type=Path)
     check.add_argument("exported", type=Path)
     check.add_argument("--engine", choices=("transformers", "onnx", "mlx", "vllm"), default="transformers")
@@ -45,104 +133,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_text(check)
 
     onnx = actions.add_parser("to-onnx", help="exported folder -> folder for ONNX Runtime GenAI")
+    onnx.set_defaults(action=_to_onnx)
     onnx.add_argument("exported", type=Path)
     onnx.add_argument("out", type=Path, help="folder to create")
     return parser
 
 
-def _export(arguments: argparse.Namespace) -> None:
-    from skv_dist.checkpoint.frozen_model import config_of
-    from skv_dist.files import new_folder
-    from skv_dist.routing import map_from_cached_layers, map_from_retention, validate_sharing_map
-
-    from .card import model_card
-    from .to_hf import Export, write_folder
-    from .verify import table, verify
-
-    layers = config_of(arguments.checkpoint).model.num_layers
-    if arguments.retention is not None:
-        sources = map_from_retention(layers, arguments.retention)
-    elif arguments.cached_layers is not None:
-        sources = map_from_cached_layers(layers, arguments.cached_layers)
-    elif arguments.kv_source_layers is not None:
-        sources = validate_sharing_map(arguments.kv_source_layers, layers)
-    else:
-        sources = tuple(range(layers))
-    if arguments.shard_gb <= 0:
-        raise UserError("--shard-gb must be greater than 0")
-    shard_bytes = int(arguments.shard_gb * 2**30)
-    export = Export(sources, arguments.adaptive, arguments.architecture, arguments.dtype, shard_bytes)
-    if arguments.architecture is not None and not export.is_stock:
-        raise UserError("--architecture is for a full export: a model that shares K/V runs code of its own")
-    text = _text(arguments)
-    with new_folder(arguments.out) as aside:
-        write_folder(arguments.checkpoint, aside, export)
-        findings = []
-        if not arguments.no_verify:
-            findings = verify(arguments.checkpoint, aside, "transformers", text=text, most_tokens=arguments.tokens)
-            print(table(findings))
-            problem = next((finding.problem() for finding in findings if finding.problem()), None)
-            if problem is not None:
-                raise UserError(f"the export is not the checkpoint and was removed: {problem}")
-        config = json.loads((aside / "config.json").read_text())
-        card = model_card(arguments.checkpoint, arguments.out.name, config, export, findings)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-    size = sum(path.stat().st_size for path in arguments.out.iterdir())
-    print(f"{arguments.out}: {config['architectures'][0]}, {config['dtype']}, {size / 2**20:,.1f} MiB")
-    if config["model_type"] == "skv":
-        print(f"vLLM saves nothing without its plugin, pip install 'skv-dist[vllm]': see {arguments.out}/README.md")
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", type=Path, help="file whose beginning is compared on (default: a few sentences)")
+    parser.add_argument("--tokens", type=int, default=64, help="length of the text compared on (default: 64)")
 
 
-def _text(arguments: argparse.Namespace) -> str:
-    from .verify import TEXT
-
-    if arguments.tokens < 2:
-        raise UserError("--tokens must be at least 2")
-    if arguments.text is None:
-        return TEXT
-    try:
-        with arguments.text.open(encoding="utf-8", errors="replace") as file:
-            return str(file.read(64 * arguments.tokens))
-    except OSError as error:
-        raise UserError(f"cannot read {arguments.text}: {error.strerror}") from error
-
-
-@command
+@entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
-    if arguments.action == "from-hf":
-        from .from_hf import MODEL_FILE, from_hf
-
-        count = from_hf(arguments.folder, arguments.out, arguments.tokenizer)
-        print(f"{arguments.out}: {count:,} parameters. To train from it, in the configuration of a run:")
-        print(f"  base: {arguments.out.resolve() / MODEL_FILE}\n  checkpoint: {{init_from: {arguments.out.resolve()}}}")
-    elif arguments.action == "to-hf":
-        _export(arguments)
-    elif arguments.action == "to-onnx":
-        from skv_dist.files import new_folder
-
-        from ..engines.export.onnx_genai import export_onnx
-
-        try:
-            with new_folder(arguments.out) as aside:
-                export_onnx(arguments.exported, aside)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        print(f"{arguments.out}: written; to compare: skv-convert verify CHECKPOINT {arguments.exported} --engine onnx")
-    else:
-        from .verify import table, verify
-
-        findings = verify(
-            arguments.checkpoint,
-            arguments.exported,
-            arguments.engine,
-            arguments.python,
-            _text(arguments),
-            arguments.tokens,
-        )
-        print(table(findings))
-        return 1 if any(finding.problem() for finding in findings) else 0
-    return 0
+    return int(arguments.action(arguments))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A Hugging Face folder to a checkpoint that a run can start from (``checkpoint.init_from``)."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,17 @@ from skv_dist.checkpoint.shards import Shards
 from skv_dist.config.load import dump_config
 from skv_dist.config.model import ModelConfig
 from skv_dist.config.run import RunConfig
-from skv_dist.data.tokenizer import load_tokenizer
+from skv_dist.data.tokenizer import Tokenizer, load_tokenizer
 from skv_dist.errors import UserError
 from skv_dist.files import new_folder
 
+from ..vocabulary import vocab_size
 from .hf_config import model_section
 from .hf_folder import HuggingFaceFolder
-from .names import entries, fuse, shapes
+from .names import Entry, entries, fuse
 
 MODEL_FILE = "model.yaml"
-_IGNORED = ("rotary_emb.inv_freq",)  # in folders of older transformers; computed from config.json today
+_IGNORED = "rotary_emb.inv_freq"  # in folders of older transformers; computed from config.json today
 
 
 class _Lazy(Shards):
@@ -34,9 +36,9 @@ class _Lazy(Shards):
 
     @staticmethod
     def of(shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> "_Lazy":
-        made = _Lazy(shape, torch.empty(0), [])
-        made.make = make
-        return made
+        lazy = _Lazy(shape, torch.empty(0), [])
+        lazy.make = make
+        return lazy
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size([0] * self.dim()), self.size())]
@@ -58,63 +60,73 @@ def from_hf(source: Path, out: Path, tokenizer_name: str | None) -> int:
     section = model_section(folder.config)
     model = ModelConfig.model_validate(section)
     name = tokenizer_name or str(source.resolve())
-    tokenizer = _tokenizer(name, given=tokenizer_name is not None)
-    if tokenizer.vocab_size > section["vocab_size"]:
-        raise UserError(
-            f"the tokenizer '{name}' has {tokenizer.vocab_size} tokens, but config.json: vocab_size is "
-            f"{section['vocab_size']}"
-        )
-    tensors = {}
-    known = set(_IGNORED)
-    for entry in entries(model):
-        parts = shapes(entry, model, section["vocab_size"])
-        for part, shape in zip(entry.theirs, parts):
-            found = folder.shape(part)
-            if found != shape:
-                raise UserError(f"{source}: {part} is {list(found)}, but config.json makes it {list(shape)}")
-        known.update(entry.theirs)
-
-        def make(entry: Any = entry) -> torch.Tensor:
-            return fuse(entry, [folder.read(part).float() for part in entry.theirs], model).contiguous()
-
-        whole = (sum(shape[0] for shape in parts), *parts[0][1:])
-        tensors[f"model.{entry.ours}"] = _Lazy.of(whole, make)
-    if model.tie_embeddings:
-        known.add("lm_head.weight")  # some folders repeat the embedding under this name
-    unknown = sorted(n for n in folder.names() if n not in known and not n.endswith(_IGNORED))
-    if unknown:
-        raise UserError(f"{source}: tensor {unknown[0]} has no place in a {folder.config['model_type']} of ours")
-
-    bf16 = str(folder.config.get("dtype", folder.config.get("torch_dtype"))) == "bfloat16"
-    run = _starting_point(section, name, precision="bf16" if bf16 else "fp32")
-    with new_folder(out) as aside:
+    tokenizer = _tokenizer(name, vocab_size(model), given=tokenizer_name is not None)
+    tensors = {f"model.{entry.ours}": _tensor(folder, entry, model) for entry in entries(model)}
+    _refuse_unknown_tensors(folder, model)
+    is_bf16 = str(folder.config.get("dtype", folder.config.get("torch_dtype"))) == "bfloat16"
+    run = _starting_point(section, name, precision="bf16" if is_bf16 else "fp32")
+    with new_folder(out) as checkpoint:
         base = {"model": section, "data": {"tokenizer": name}}
-        (aside / MODEL_FILE).write_text(yaml.safe_dump(base, sort_keys=False))
-        (aside / files.CONFIG).write_text(dump_config(run))
-        state = {
-            "step": 0,
-            "samples": 0,
-            "updates": 0,
-            "guard": {},
-            "vocab_size": section["vocab_size"],
-            "world_size": 1,
-            "tokenizer": tokenizer.fingerprint(),
-            "software": f"skv-dist {__version__}, from {source}",
-            "layout": {},
-        }
-        files.write_state(aside, state)
-        writer = dcp.FileSystemWriter(aside, sync_files=True)
+        (checkpoint / MODEL_FILE).write_text(yaml.safe_dump(base, sort_keys=False))
+        (checkpoint / files.CONFIG).write_text(dump_config(run))
+        files.write_state(checkpoint, _state(model, tokenizer, source))
+        writer = dcp.FileSystemWriter(checkpoint, sync_files=True)
         dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-        files.seal(aside, {path.name: files.digest(path) for path in aside.iterdir()})
+        files.seal(checkpoint, {path.name: files.digest(path) for path in checkpoint.iterdir()})
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-def _tokenizer(name: str, given: bool) -> Any:
+def _tokenizer(name: str, vocab_size: int, given: bool) -> Tokenizer:
     try:
-        return load_tokenizer(name)
+        tokenizer = load_tokenizer(name)
     except UserError as error:
         cure = "" if given else "; name one with --tokenizer"
         raise UserError(f"{error}{cure}") from error
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer '{name}' has {tokenizer.vocab_size} tokens, but config.json: vocab_size is {vocab_size}"
+        )
+    return tokenizer
+
+
+def _tensor(folder: HuggingFaceFolder, entry: Entry, model: ModelConfig) -> _Lazy:
+    """One of our parameters, read when it is written. Raises UserError where a part has another shape."""
+    for part, shape in entry.theirs.items():
+        if folder.shape(part) != shape:
+            raise UserError(
+                f"{folder.folder}: {part} is {list(folder.shape(part))}, but config.json makes it {list(shape)}"
+            )
+    shapes = list(entry.theirs.values())
+    fused_shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    return _Lazy.of(fused_shape, partial(_read_fused, folder, entry, model))
+
+
+def _read_fused(folder: HuggingFaceFolder, entry: Entry, model: ModelConfig) -> torch.Tensor:
+    return fuse(entry, [folder.read(part).float() for part in entry.theirs], model).contiguous()
+
+
+def _refuse_unknown_tensors(folder: HuggingFaceFolder, model: ModelConfig) -> None:
+    known = {part for entry in entries(model) for part in entry.theirs}
+    if model.tie_embeddings:
+        known.add("lm_head.weight")  # some folders repeat the embedding under this name
+    unknown = sorted(name for name in folder.names() if name not in known and not name.endswith(_IGNORED))
+    if unknown:
+        raise UserError(f"{folder.folder}: tensor {unknown[0]} has no place in a {folder.config['model_type']} of ours")
+
+
+def _state(model: ModelConfig, tokenizer: Tokenizer, source: Path) -> dict[str, Any]:
+    """``state.json`` of a run that has not begun."""
+    return {
+        "step": 0,
+        "samples": 0,
+        "updates": 0,
+        "guard": {},
+        "vocab_size": vocab_size(model),
+        "world_size": 1,
+        "tokenizer": tokenizer.fingerprint(),
+        "software": f"skv-dist {__version__}, from {source}",
+        "layout": {},
+    }
 
 
 def _starting_point(model: dict[str, Any], tokenizer: str, precision: str) -> RunConfig:

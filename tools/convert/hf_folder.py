@@ -15,14 +15,14 @@ from ..weights import INDEX, SINGLE
 def read_json(file: Path) -> dict[str, Any]:
     """Raises UserError where the file is missing or no JSON object."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise UserError(f"{file} is not a JSON object")
-    return found
+    return fields
 
 
 class HuggingFaceFolder:

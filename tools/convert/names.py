@@ -1,118 +1,106 @@
 """Our parameters and those of transformers' Llama, Qwen3, Mistral and Gemma 4, one by one.
 
-Ours are fused: QKV group by group (the queries of a group, its key, its value), gate above up (model/sharding.py).
+Ours are fused: QKV group by group (the queries of a group, its key, its value), gate above up
+(parallel/tensor_split.py).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 
 from skv_dist.config.model import ModelConfig
 
-_BLOCK = {
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-    "input_layernorm.weight": "input_layernorm.weight",
-}
-_BLOCK_NORMS = {
-    "llama": {"pre_mlp_layernorm.weight": "post_attention_layernorm.weight"},
-    "gemma4": {
-        "post_attention_norm.weight": "post_attention_layernorm.weight",
-        "pre_mlp_layernorm.weight": "pre_feedforward_layernorm.weight",
-        "post_mlp_norm.weight": "post_feedforward_layernorm.weight",
-    },
-}
-# What Gemma 4 adds to each layer from an embedding of its own, of width 1 and zero here, so that it adds nothing: stock
-# transformers 5.23 cannot do without it where layers share K/V (its `_maybe_slice_kv_shared_inputs`).
-_PER_LAYER = ("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm")
-_PER_LAYER_INPUTS = ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm")
-_NORMS = {"self_attention.q_layernorm.weight": "self_attn.q_norm.weight"}
-_KEY_NORMS = {"self_attention.k_layernorm.weight": "self_attn.k_norm.weight"}
+from ..vocabulary import vocab_size
+from .blocks import BLOCKS, Constant, Shape
+
+
+class Fusion(StrEnum):
+    """How several tensors of theirs are one of ours."""
+
+    NONE = "none"
+    QKV = "qkv"
+    GATE_UP = "gate_up"
 
 
 class Entry(NamedTuple):
-    """One of our parameters, and what it is made of there.
+    """One of our parameters and what it is made of there, or a constant that is only there.
 
     Attributes:
-        ours: name in a checkpoint, without ``model.``; empty where theirs is a constant that we do not have.
-        theirs: names in a Hugging Face folder, in the order of `split`.
-        kind: how the parts lie in ours.
-        layer: the layer; None outside the layers.
+        ours: name in a checkpoint, without ``model.``; None for a constant.
+        theirs: names and shapes in a Hugging Face folder, in the order of `split`.
+        value: of a constant.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
-    kind: Literal["plain", "qkv", "halves", "ones", "zeros"]
-    layer: int | None
+    ours: str | None
+    theirs: Mapping[str, Shape]
+    fusion: Fusion = Fusion.NONE
+    value: float = 0.0
 
 
 def entries(model: ModelConfig) -> Iterator[Entry]:
-    """All parameters, in the order of the forward."""
-    yield Entry("embedding.weight", ("model.embed_tokens.weight",), "plain", None)
+    """All parameters and constants, in the order of the forward."""
+    embedding = (vocab_size(model), model.hidden_size)
+    yield Entry("embedding.weight", {"model.embed_tokens.weight": embedding})
     for layer in range(model.num_layers):
-        mine, theirs = f"layers.{layer}.", f"model.layers.{layer}."
-        qkv = tuple(f"{theirs}self_attn.{x}_proj.weight" for x in "qkv")
-        yield Entry(f"{mine}self_attention.linear_qkv.weight", qkv, "qkv", layer)
-        gate_up = tuple(f"{theirs}mlp.{x}_proj.weight" for x in ("gate", "up"))
-        yield Entry(f"{mine}mlp.linear_fc1.weight", gate_up, "halves", layer)
-        norms = {**_NORMS, **_KEY_NORMS} if model.qk_norm else {}
-        for ours, name in {**_BLOCK, **_BLOCK_NORMS[model.block], **norms}.items():
-            yield Entry(mine + ours, (theirs + name,), "plain", layer)
-        if model.block == "gemma4":
-            yield Entry("", (f"{theirs}layer_scalar",), "ones", layer)  # a factor of the layer's output
-            yield Entry("", tuple(f"{theirs}{name}.weight" for name in _PER_LAYER), "zeros", layer)
-    if model.block == "gemma4":
-        yield Entry("", tuple(f"model.{name}.weight" for name in _PER_LAYER_INPUTS), "zeros", None)
-    yield Entry("final_norm.weight", ("model.norm.weight",), "plain", None)
+        for entry in _of_layer(model):
+            ours = None if entry.ours is None else f"layers.{layer}.{entry.ours}"
+            yield entry._replace(ours=ours, theirs=_prefixed(f"model.layers.{layer}.", entry.theirs))
+    for constant in BLOCKS[model.block].model_constants:
+        yield _constant(constant, model, "model.")
+    yield Entry("final_norm.weight", {"model.norm.weight": (model.hidden_size,)})
     if not model.tie_embeddings:
-        yield Entry("output_layer.weight", ("lm_head.weight",), "plain", None)
+        yield Entry("output_layer.weight", {"lm_head.weight": embedding})
 
 
-def shapes(entry: Entry, model: ModelConfig, vocab_size: int) -> list[tuple[int, ...]]:
-    """Shapes of ``entry.theirs``."""
-    hidden, width = model.hidden_size, model.kv_channels
-    kind = entry.ours.split(".", 2)[-1] if entry.layer is not None else entry.ours
-    if entry.kind == "qkv":
-        return [(heads * width, hidden) for heads in (model.num_attention_heads, *[model.num_kv_heads] * 2)]
-    if entry.kind == "halves":
-        return [(model.ffn_hidden_size, hidden)] * 2
-    if entry.kind == "ones":
-        return [(1,)]
-    if entry.kind == "zeros":
-        within, layers = [(1, hidden), (hidden, 1), (hidden,)], model.num_layers
-        return list(within if entry.layer is not None else [(vocab_size, layers), (layers, hidden), (1,)])
-    if kind.endswith(("q_layernorm.weight", "k_layernorm.weight")):
-        return [(width,)]
-    known = {
-        "self_attention.linear_proj.weight": (hidden, model.num_attention_heads * width),
-        "mlp.linear_fc2.weight": (hidden, model.ffn_hidden_size),
-        "embedding.weight": (vocab_size, hidden),
-        "output_layer.weight": (vocab_size, hidden),
-    }
-    return [known.get(kind, (hidden,))]
+def _of_layer(model: ModelConfig) -> Iterator[Entry]:
+    """Entries of any one layer, named within it."""
+    hidden, ffn, width = model.hidden_size, model.ffn_hidden_size, model.kv_channels
+    queries, keys = model.num_attention_heads * width, model.num_kv_heads * width
+    block = BLOCKS[model.block]
+    qkv = {f"self_attn.{part}_proj.weight": (rows, hidden) for part, rows in zip("qkv", (queries, keys, keys))}
+    yield Entry("self_attention.linear_qkv.weight", qkv, Fusion.QKV)
+    gate_up = {f"mlp.{part}_proj.weight": (ffn, hidden) for part in ("gate", "up")}
+    yield Entry("mlp.linear_fc1.weight", gate_up, Fusion.GATE_UP)
+    yield Entry("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (hidden, queries)})
+    yield Entry("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (hidden, ffn)})
+    for ours, theirs in block.norms.items():
+        yield Entry(f"{ours}.weight", {f"{theirs}.weight": (hidden,)})
+    for part in "qk" if model.qk_norm else ():
+        yield Entry(f"self_attention.{part}_layernorm.weight", {f"self_attn.{part}_norm.weight": (width,)})
+    for constant in block.layer_constants:
+        yield _constant(constant, model)
+
+
+def _constant(constant: Constant, model: ModelConfig, prefix: str = "") -> Entry:
+    return Entry(None, {prefix + constant.name: constant.shape(model)}, value=constant.value)
+
+
+def _prefixed(prefix: str, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    return {prefix + name: shape for name, shape in shapes.items()}
 
 
 def fuse(entry: Entry, parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
-    """Our parameter from their tensors."""
-    if entry.kind == "qkv":
+    """Our parameter from their tensors, each [rows, hidden]."""
+    if entry.fusion is Fusion.QKV:
+        # [groups * heads of a group * width, hidden] -> [groups, heads of a group, width, hidden]
         grouped = [part.view(model.num_kv_heads, -1, model.kv_channels, part.shape[-1]) for part in parts]
         return torch.cat(grouped, dim=1).flatten(0, 2)
-    return torch.cat(list(parts)) if entry.kind == "halves" else parts[0]
+    return torch.cat(list(parts)) if entry.fusion is Fusion.GATE_UP else parts[0]
 
 
 def split(entry: Entry, ours: torch.Tensor, model: ModelConfig) -> list[torch.Tensor]:
     """Their tensors from our parameter: the inverse of `fuse`."""
-    if entry.kind == "qkv":
+    if entry.fusion is Fusion.QKV:
         heads = model.num_attention_heads // model.num_kv_heads
+        # [groups * (heads + 2) * width, hidden] -> [groups, heads + 2, width, hidden]: queries, a key, a value
         grouped = ours.view(model.num_kv_heads, heads + 2, model.kv_channels, ours.shape[-1])
         return [part.flatten(0, 2) for part in grouped.split([heads, 1, 1], dim=1)]
-    return list(ours.chunk(2)) if entry.kind == "halves" else [ours]
+    return list(ours.chunk(2)) if entry.fusion is Fusion.GATE_UP else [ours]
 
 
-def is_left_out(name: str, owners: Sequence[int] | None) -> bool:
-    """Whether the key or value projection or key norm ``name`` belongs to a layer that is none of ``owners``."""
+def is_left_out(name: str, weight_layers: Sequence[int]) -> bool:
+    """Whether ``name`` is a key or value projection or key norm of a layer that is none of ``weight_layers``."""
     parts = name.split(".")
-    if owners is None or parts[-2] not in ("k_proj", "v_proj", "k_norm"):
-        return False
-    return int(parts[2]) not in owners
+    return parts[-2] in ("k_proj", "v_proj", "k_norm") and int(parts[2]) not in weight_layers

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,27 @@ from typing import Any
 import torch
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.save import read_tensors, tensor_shapes
-from skv_dist.config.load import load_config
+from skv_dist.checkpoint.frozen_model import config_of
+from skv_dist.checkpoint.load import read_tensors, tensor_shapes
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
 
 from ..engines import models
 from ..weights import write_weights
-from .hf_config import check_exportable, gemma4_fields, hf_config, shared_fields, stock_architecture, stock_fields
-from .names import Entry, entries, is_left_out, shapes, split
+from .blocks import BLOCKS, Map
+from .hf_config import (
+    CODE,
+    OUR_MODEL_TYPE,
+    check_exportable,
+    hf_config,
+    shared_fields,
+    stock_architecture,
+    stock_fields,
+)
+from .names import Entry, entries, is_left_out, split
 from .tokenizer import save_tokenizer
 
-MODELS = Path(models.__file__).parent
-CODE = ("modeling_skv.py", "mlx_skv.py")  # what travels with a shared model
+MODELS = Path(models.__file__).parent  # holds `CODE`
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Export:
         shard_bytes: a file of weights is no larger, unless one tensor is.
     """
 
-    sources: tuple[int, ...]
+    sources: Map
     adaptive: bool = False
     architecture: str | None = None
     dtype: str | None = None
@@ -45,78 +53,97 @@ class Export:
 
     @property
     def is_stock(self) -> bool:
-        """Whether stock Llama, Qwen3 or Mistral code runs it."""
+        """Whether no layer shares, so that stock code runs it."""
         return not self.adaptive and all(source == layer for layer, source in enumerate(self.sources))
 
+    @property
+    def weight_layers(self) -> Sequence[int]:
+        """The layers whose key and value weights are kept."""
+        return range(len(self.sources)) if self.adaptive else sorted(set(self.sources))
 
-def write_folder(checkpoint: Path, aside: Path, export: Export) -> None:
-    """Write the whole export but its model card into the folder ``aside``. One tensor is in memory at a time.
+
+def write_folder(checkpoint: Path, out: Path, export: Export) -> None:
+    """Write the whole export but its model card into the folder ``out``. One tensor is in memory at a time.
 
     Raises:
         UserError: the checkpoint is damaged, or cannot be expressed.
     """
     files.verify(checkpoint)
-    run = load_config(checkpoint / files.CONFIG)
-    state = files.read_state(checkpoint)
-    model, vocab_size = run.model, int(state["vocab_size"])
+    run = config_of(checkpoint)
+    model = run.model
     check_exportable(model)
     dtype = export.dtype or {"bf16": "bfloat16", "fp32": "float32"}[run.train.precision]
-    special = save_tokenizer(run.data.tokenizer, aside)
-    fields = hf_config(model, vocab_size, dtype, special)
-    owners = None if export.is_stock or export.adaptive else sorted(set(export.sources))
-    if model.block == "gemma4":
-        if export.adaptive or export.architecture is not None:
-            raise UserError(
-                "model.block is 'gemma4', which is exported as stock Gemma 4: leave --adaptive and --architecture out"
-            )
-        del fields["hidden_act"]
-        fields.update(gemma4_fields(model, vocab_size, export.sources))
-    elif export.is_stock:
-        fields.update(stock_fields(stock_architecture(model, export.architecture)))
-    else:
-        kept = owners if owners is not None else list(range(model.num_layers))
-        fields.update(shared_fields(model, export.sources, kept))
-        for name in CODE:
-            shutil.copy(MODELS / name, aside / name)
-    (aside / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-    generation = {key: value for key, value in special.items() if value is not None}
-    (aside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    present = tensor_shapes(checkpoint)
-    for entry in entries(model):
-        if entry.ours and f"model.{entry.ours}" not in present:
-            raise UserError(f"checkpoint {checkpoint} has no tensor model.{entry.ours}")
+    special = save_tokenizer(run.data.tokenizer, out)
+    config = {**hf_config(model, dtype, special), **_architecture_fields(model, export)}
+    _write_json(out / "config.json", config)
+    _write_json(out / "generation_config.json", {key: value for key, value in special.items() if value is not None})
+    if config["model_type"] == OUR_MODEL_TYPE:
+        copy_code(out)
+    _check_complete(checkpoint, model)
 
     def read(entry: Entry) -> Sequence[torch.Tensor]:
-        if not entry.ours:
-            return [torch.full(s, float(entry.kind == "ones")) for s in shapes(entry, model, vocab_size)]
-        return _read(checkpoint, entry, model)
+        if entry.ours is None:
+            return [torch.full(shape, entry.value) for shape in entry.theirs.values()]
+        name = f"model.{entry.ours}"
+        return split(entry, read_tensors(checkpoint, [name])[name], model)
 
-    write_tensors(aside, model, vocab_size, owners, export, dtype, read)
+    write_tensors(out, model, export.weight_layers, dtype, export.shard_bytes, read)
 
 
-def _read(checkpoint: Path, entry: Entry, model: ModelConfig) -> Sequence[torch.Tensor]:
-    name = f"model.{entry.ours}"
-    return split(entry, read_tensors(checkpoint, [name])[name], model)
+def _architecture_fields(model: ModelConfig, export: Export) -> dict[str, Any]:
+    """The fields of ``config.json`` that say which code runs the model. Raises UserError where none can."""
+    stock_sharing = BLOCKS[model.block].stock_sharing
+    if stock_sharing is not None:
+        if export.adaptive or export.architecture is not None:
+            raise UserError(
+                f"model.block is '{model.block}', which is exported as stock {stock_sharing.name}: leave --adaptive "
+                "and --architecture out"
+            )
+        return stock_sharing.fields(model, export.sources)
+    if export.is_stock:
+        return stock_fields(stock_architecture(model, export.architecture))
+    if export.architecture is not None:
+        raise UserError("--architecture is for a full export: a model that shares K/V runs code of its own")
+    return shared_fields(model, export.sources, export.weight_layers)
+
+
+def copy_code(out: Path) -> None:
+    """Put what runs a model that shares K/V beside its weights."""
+    for name in CODE:
+        shutil.copy(MODELS / name, out / name)
+
+
+def _check_complete(checkpoint: Path, model: ModelConfig) -> None:
+    """Raises UserError where a parameter is missing."""
+    present = tensor_shapes(checkpoint)
+    for entry in entries(model):
+        if entry.ours is not None and f"model.{entry.ours}" not in present:
+            raise UserError(f"checkpoint {checkpoint} has no tensor model.{entry.ours}")
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def write_tensors(
-    out: Path, model: ModelConfig, vocab_size: int, owners: Sequence[int] | None, export: Export, dtype: str, read: Any
+    out: Path,
+    model: ModelConfig,
+    weight_layers: Sequence[int],
+    dtype: str,
+    shard_bytes: int,
+    read: Callable[[Entry], Sequence[torch.Tensor]],
 ) -> None:
-    """Safetensors of all tensors, those of `is_left_out` excepted.
+    """Safetensors of all tensors, but for keys and values of layers that are none of ``weight_layers``.
 
     Args:
         read: from an `Entry` to its tensors in the order of ``entry.theirs``.
     """
-    kept = dict(pair for entry in entries(model) for pair in _kept(entry, model, vocab_size, owners))
-    wanted = (entry for entry in entries(model) if kept.keys() & entry.theirs)
-    found = (pair for entry in wanted for pair in zip(entry.theirs, read(entry)))
-    write_weights(out, kept, dtype, export.shard_bytes, ((name, tensor) for name, tensor in found if name in kept))
-
-
-def _kept(
-    entry: Entry, model: ModelConfig, vocab_size: int, owners: Sequence[int] | None
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of what an entry contributes."""
-    for name, shape in zip(entry.theirs, shapes(entry, model, vocab_size)):
-        if not is_left_out(name, owners):
-            yield name, shape
+    kept = {
+        name: shape
+        for entry in entries(model)
+        for name, shape in entry.theirs.items()
+        if not is_left_out(name, weight_layers)
+    }
+    wanted = (entry for entry in entries(model) if kept.keys() & entry.theirs.keys())
+    pairs = (pair for entry in wanted for pair in zip(entry.theirs, read(entry)))
+    write_weights(out, kept, dtype, shard_bytes, ((name, tensor) for name, tensor in pairs if name in kept))

@@ -15,7 +15,7 @@ def save_tokenizer(name: str, out: Path) -> dict[str, int | None]:
     loaded = load_tokenizer(name)
     tokenizer = loaded.stock if isinstance(loaded, HuggingFaceTokenizer) else _bytes_tokenizer()
     tokenizer.save_pretrained(out)
-    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    return {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
 
 
 def _bytes_tokenizer() -> Any:

@@ -1,1 +1,4 @@
-"""What runs an exported model in each inference engine, importing nothing of skv_dist; `compare` runs them all."""
+"""What runs an exported model in each inference engine, importing nothing of skv_dist.
+
+`skv_tools.bench.engines` runs and compares them all.
+"""

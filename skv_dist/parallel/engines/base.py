@@ -1,16 +1,28 @@
 """What the trainer needs of whatever owns parameters, gradients and optimizer state."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
 
-from skv_dist.config.train import OptimizerConfig
+from skv_dist.parallel.engines.optimizer import GuardedAdamW, Update
 from skv_dist.parallel.engines.tied import TiedHead
-from skv_dist.parallel.local_model import Root
+from skv_dist.parallel.local_model import LocalModel
+from skv_dist.routing import RoutePlan
+
+
+class Quantity(StrEnum):
+    """What a parameter has: its fp32 weight, and Adam's moments. The values are the prefixes of names on disk."""
+
+    WEIGHT = "model"
+    EXP_AVG = "exp_avg"
+    EXP_AVG_SQ = "exp_avg_sq"
+
+
+MOMENTS = (Quantity.EXP_AVG, Quantity.EXP_AVG_SQ)
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,7 @@ class StepOutcome:
 
     Attributes:
         grad_norm: global L2 norm of the gradient before clipping; infinite or NaN where a gradient is.
-        applied: False where the update was left out.
+        applied: False where the update was skipped.
 
     Both are scalars on the device, float32 and bool, so that nobody has to wait for them.
     """
@@ -28,117 +40,111 @@ class StepOutcome:
     applied: torch.Tensor
 
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW (decoupled weight decay, Loshchilov and Hutter, arXiv 1711.05101) that can be told to leave a step out.
+class Engine(ABC):
+    """Owns the parameters of one rank. Gradients are averaged over data-parallel replicas, accumulated in fp32.
 
-    ZeRO optimizers compute the gradient norm inside their step, just before they call this one: it is the last place
-    where a bad step can be stopped on all ranks alike, with gradients cleared as after any other.
+    Attributes:
+        model: the chunks of this rank.
+        optimizer: over the fp32 weights that this rank updates.
     """
 
-    leave_out: Callable[[], bool] = staticmethod(lambda: False)
-    # Read by a fused step (see `torch.amp.GradScaler`): what gradients are divided by, and 1.0 to leave the step out.
-    grad_scale: torch.Tensor | None = None
-    found_inf: torch.Tensor | None = None
-
-    def step(self, closure: Any = None) -> Any:
-        return None if self.leave_out() else super().step(closure)
-
-
-def build_optimizer(
-    named: Iterator[tuple[str, torch.nn.Parameter]], config: OptimizerConfig, fused: bool
-) -> GuardedAdamW:
-    """AdamW with weight decay on matrices only: not on norms or biases."""
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
-    for name, parameter in named:
-        (plain if "norm" in name or name.endswith("bias") else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return GuardedAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
-
-
-MODEL, MOMENTS = "model", ("exp_avg", "exp_avg_sq")  # what a parameter has: its fp32 weight, and Adam's moments
-
-
-def is_valid_norm(norm: float) -> bool:
-    """DeepSpeed reports a bad norm as -1 in some places, as infinity in others."""
-    return math.isfinite(norm) and norm >= 0
-
-
-class Engine(ABC):
-    """Owns the parameters of one rank. Gradients are averaged over data-parallel replicas, accumulated in fp32."""
-
-    root: Root
+    model: LocalModel
     optimizer: GuardedAdamW
     tied: TiedHead
 
-    @abstractmethod
-    def forward(self, chunk: int | None, *args: Any) -> torch.Tensor:
-        """`Root.forward`, with or without gradient."""
+    def forward(
+        self,
+        index: int,
+        plan: RoutePlan,
+        tokens: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        received: torch.Tensor | None = None,
+        width: int | None = None,
+    ) -> torch.Tensor:
+        """`LocalModel.run_chunk`, with or without gradient."""
+        return self._call(self.model.run_chunk, index, plan, tokens, labels, documents, received, width)
 
-    def step(self, leave_out: torch.Tensor | bool = False) -> StepOutcome:
+    def _call(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        """A method of the model, called through whatever must see every forward."""
+        return self.model(function, *args)
+
+    def step(self, skip_update: torch.Tensor | bool = False) -> StepOutcome:
         """Reduce, clip and update with all gradients since the last step, and clear them.
 
         Args:
-            leave_out: (scalar on the device) clear the gradients without an update. Must be the same on all ranks.
+            skip_update: (scalar on the device) clear the gradients without an update. Must be the same on all ranks.
         """
-        outcome = self._update(leave_out)
+        outcome = self._update(skip_update)
         self.tied.refresh()
         return outcome
 
     def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
-        """Set parameters, fp32 masters included, from this tensor-parallel rank's parts. Collective."""
+        """Set parameters, fp32 weights included, from this tensor-parallel rank's parts. Collective."""
         for parameter, value in values:
-            self.write(parameter, MODEL, value)
+            self.write(parameter, Quantity.WEIGHT, value)
         self.tied.refresh()
 
     def add_tied_gradient(self) -> None:
         """Add the head's gradient to that of the embedding it is tied to, where they are on different stages."""
         gradient = self.tied.gradient()
         if gradient is not None:
-            self.forward(None, gradient).backward()
+            self._call(self.model.dot_with_embedding, gradient).backward()
 
     @abstractmethod
-    def _update(self, leave_out: torch.Tensor | bool) -> StepOutcome: ...
+    def _update(self, skip_update: torch.Tensor | bool) -> StepOutcome: ...
 
     @abstractmethod
-    def read(self, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
+    def read(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
         """fp32 value of this tensor-parallel rank's part. Collective over data-parallel ranks.
 
-        Args:
-            what: ``MODEL`` for the weight, or one of ``MOMENTS`` (after `prepare_moments`).
+        Moments can be read after `prepare_moments`.
         """
 
     @abstractmethod
-    def write(self, parameter: torch.nn.Parameter, what: str, value: torch.Tensor) -> None:
+    def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
         """The inverse of `read`; of a weight also the working copy. A caller refreshes `tied` behind the last one."""
 
     @abstractmethod
+    def set_clip_grad_norm(self, limit: float) -> None:
+        """Clip gradients to this global norm from the next step on; 0: no clipping."""
+
+    @abstractmethod
     def _masters(self) -> Sequence[torch.Tensor]:
-        """The fp32 tensors of this rank that the optimizer updates."""
+        """The masters of this rank: the fp32 weights that the optimizer updates."""
+
+    def replace_update(self, update: Update) -> None:
+        """From the next step on, call ``update(weight, gradient)`` in place of AdamW for each fp32 tensor that this
+        rank updates, skipped updates included. Gradients come reduced, and divided by what clipping asks for.
+
+        A seam for those who look at gradients, such as tests.
+        """
+        self.optimizer.update = update
 
     def prepare_moments(self) -> None:
         """Make Adam's state, as its first step would."""
-        for master in self._masters():
-            state = self.optimizer.state[master]
+        for weight in self._masters():
+            state = self.optimizer.state[weight]
             if not state:
-                device = master.device if self.optimizer.defaults["fused"] else "cpu"
+                device = weight.device if self.optimizer.defaults["fused"] else "cpu"
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                for name in MOMENTS:
-                    state[name] = torch.zeros_like(master, memory_format=torch.preserve_format)
+                for moment in MOMENTS:
+                    # A plain string: this dictionary is the optimizer's own.
+                    state[moment.value] = torch.zeros_like(weight, memory_format=torch.preserve_format)
 
     @property
-    def updates(self) -> int:
+    def num_updates(self) -> int:
         """Updates that Adam has made (after `prepare_moments`)."""
         return int(self.optimizer.state[self._masters()[0]]["step"].item())
 
-    @updates.setter
-    def updates(self, count: int) -> None:
-        for master in self._masters():
-            self.optimizer.state[master]["step"].fill_(float(count))
+    @num_updates.setter
+    def num_updates(self, count: int) -> None:
+        for weight in self._masters():
+            self.optimizer.state[weight]["step"].fill_(float(count))
 
     def close(self) -> None:
         """Take hooks off the parameters. Without it an engine, with its process groups, outlives its last reference."""
-        self.root.on_backward = None
+        self.model.on_backward = None
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

@@ -12,12 +12,16 @@ def is_sharded(zero_stage: int, replicas: int) -> bool:
     return zero_stage == 3 or (zero_stage > 0 and replicas > 1)
 
 
-def create_engine(run: RunConfig, vocab_size: int, device: torch.device) -> Engine:
-    """Build the model and the engine that ``parallel.zero_stage`` asks for. Process groups must exist."""
+def create_engine(run: RunConfig, device: torch.device) -> Engine:
+    """Build the model and the engine that ``parallel.zero_stage`` asks for.
+
+    Args:
+        run: the complete configuration; process groups must exist.
+    """
     if not is_sharded(run.parallel.zero_stage, parallel_state.get_data_parallel_world_size()):
         from skv_dist.parallel.engines.replicated import ReplicatedEngine
 
-        return ReplicatedEngine(run, vocab_size, device)
+        return ReplicatedEngine(run, device)
     from skv_dist.parallel.engines.zero import ZeroEngine
 
-    return ZeroEngine(run, vocab_size, device)
+    return ZeroEngine(run, device)

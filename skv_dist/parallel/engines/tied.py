@@ -5,25 +5,23 @@ first stage once a step, where one more backward adds it to the embedding's. So 
 gradient norm counts it once, and every ZeRO stage takes its gradient the usual way.
 """
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from skv_dist.parallel.local_model import Root
+from skv_dist.parallel.local_model import LocalModel
 
 
 class TiedHead:
     """Both ends of the tie; does nothing on stages between, or where one chunk holds embedding and head.
 
     Args:
-        root: the chunks of this rank.
+        model: the chunks of this rank.
     """
 
-    def __init__(self, root: Root) -> None:
-        first: Any = root.chunks[0]
-        last: Any = root.chunks[-1]
+    def __init__(self, model: LocalModel) -> None:
+        chunks = model.routed_chunks()
+        first, last = chunks[0], chunks[-1]
         self._group = None
         if not first.tie_embeddings or parallel_state.get_pipeline_model_parallel_world_size() == 1:
             return
@@ -31,16 +29,17 @@ class TiedHead:
             return
         self._group = parallel_state.get_embedding_group()  # first and last stage
         ranks = dist.get_process_group_ranks(self._group)
-        self._owner, self._user = ranks[0], ranks[-1]
-        self._weight: torch.Tensor | None = first.embedding.weight if first.has_embedding else None
-        if self._weight is None:
-            rows = last.output_layer.output_size_per_partition
-            config = last.config
-            copy = torch.zeros(rows, config.hidden_size, dtype=config.params_dtype, device=root.device)
-            last.tied_weight = copy.requires_grad_()
-            copy.register_post_accumulate_grad_hook(self._accumulate)
-            self._copy = copy
-            self._gradient = torch.zeros(rows, config.hidden_size, device=root.device)  # fp32, over micro-batches
+        self._first_stage, self._last_stage = ranks[0], ranks[-1]
+        self._owns = first.has_embedding
+        if self._owns:
+            self._weight: torch.Tensor = first.embedding.weight
+            return
+        config = last.config
+        rows = last.output_layer.output_size_per_partition
+        self._weight = torch.zeros(rows, config.hidden_size, dtype=config.params_dtype, device=model.device)
+        last.tied_weight = self._weight.requires_grad_()
+        self._weight.register_post_accumulate_grad_hook(self._accumulate)
+        self._gradient = torch.zeros(rows, config.hidden_size, device=model.device)  # fp32, over micro-batches
 
     def _accumulate(self, copy: torch.Tensor) -> None:
         assert copy.grad is not None
@@ -51,17 +50,16 @@ class TiedHead:
     def refresh(self) -> None:
         """Carry the weight to the last stage. Collective over both."""
         if self._group is not None:
-            weight = self._copy if self._weight is None else self._weight
-            dist.broadcast(weight.detach(), self._owner, group=self._group)
+            dist.broadcast(self._weight.detach(), self._first_stage, group=self._group)
 
     def gradient(self) -> torch.Tensor | None:
         """The head's part of the gradient since the last call, fp32, on the first stage. Collective over both."""
         if self._group is None:
             return None
-        if self._weight is None:
-            dist.broadcast(self._gradient, self._user, group=self._group)
-            self._gradient.zero_()
-            return None
-        gradient = torch.empty(self._weight.shape, dtype=torch.float32, device=self._weight.device)
-        dist.broadcast(gradient, self._user, group=self._group)
-        return gradient
+        if self._owns:
+            gradient = torch.empty(self._weight.shape, dtype=torch.float32, device=self._weight.device)
+            dist.broadcast(gradient, self._last_stage, group=self._group)
+            return gradient
+        dist.broadcast(self._gradient, self._last_stage, group=self._group)
+        self._gradient.zero_()
+        return None

@@ -1,10 +1,12 @@
 """ZeRO stages 1 to 3 through DeepSpeed, driven by our own loop and schedules.
 
-DeepSpeed's defaults meant for its own loop train happily with wrong gradients under another (RECIPE.md, "Silent
-traps"). Each setting below that cures one says so; tests/parallel/test_sabotage.py takes the cures out one by one.
+DeepSpeed's defaults are meant for its own loop. Under another they train happily with wrong gradients
+(docs/pitfalls.md): each setting below that cures one says so, and tests/parallel/test_faults.py takes the cures out one
+by one.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
 from skv_dist.model.layer import RoutedLayer
-from skv_dist.parallel.engines.base import MODEL, Engine, StepOutcome, build_optimizer, is_valid_norm
+from skv_dist.parallel.engines.base import Engine, Quantity, StepOutcome
+from skv_dist.parallel.engines.optimizer import build_optimizer
 from skv_dist.parallel.engines.tied import TiedHead
-from skv_dist.parallel.local_model import Root, build_root, local_initial_values
+from skv_dist.parallel.local_model import LocalModel, build_local_model, local_initial_values
 from skv_dist.parallel.processes.groups import model_parallel_unit
 
 
@@ -23,14 +26,15 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any]:
     bucket = run.parallel.zero_bucket_mb * 2**20 // 4
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
-        # It would divide by this at every stage; our loss is scaled once, and step() is called once a batch.
+        # DeepSpeed would divide gradients by this at every stage; our loss is scaled once, and step() is called once a
+        # batch.
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        # Its default is 1.0.
+        # DeepSpeed clips at 1.0 where nothing is said.
         "gradient_clipping": run.optimizer.clip_grad_norm,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
-        # It would wait for the GPU at every forward.
+        # DeepSpeed's timer would wait for the GPU at every forward.
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {
             "stage": run.parallel.zero_stage,
@@ -41,25 +45,24 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any]:
     }
     if run.train.precision == "bf16":
         config["bf16"] = {"enabled": True}
-        # Without these it adds up micro-batches, and replicas, in bf16.
+        # Without these DeepSpeed adds up micro-batches, and replicas, in bf16.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
         config["communication_data_type"] = "fp32"
     return config
 
 
-def keep_layers_in_order(zero: Any, root: Root) -> None:
+def keep_layers_in_order(zero: Any, model: LocalModel) -> None:
     """Hand DeepSpeed the gradients of a layer together, in the order of its parameters.
 
-    It fills buckets with gradients as they arrive, and adds them up over the replicas by their place in the bucket. The
-    backward of a compiled layer brings all of its gradients at once, and autograd then takes them in an order that
-    depends on which K/V the layer borrowed: replicas with other routes would add up different parameters, without an
-    error.
+    DeepSpeed fills buckets with gradients as they arrive, and adds them up over the replicas by their place in the
+    bucket. The backward of a compiled layer brings all of its gradients at once, and autograd then takes them in an
+    order that depends on which K/V the layer borrowed: replicas with other routes would add up different parameters,
+    without an error.
     """
     reduce = zero.reduce_ready_partitions_and_remove_grads
     together: dict[torch.nn.Parameter, list[torch.nn.Parameter]] = {}
-    chunk: Any
-    for chunk in root.chunks:
-        for layer in chunk.layers.values():
+    for chunk in model.routed_chunks():
+        for layer in chunk.routed_layers():
             parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
             together.update(dict.fromkeys(parameters, parameters))
     arrived: dict[torch.nn.Parameter, tuple[Any, ...]] = {}
@@ -78,60 +81,68 @@ def keep_layers_in_order(zero: Any, root: Root) -> None:
     zero.reduce_ready_partitions_and_remove_grads = in_order
 
 
+def is_valid_norm(norm: float) -> bool:
+    """DeepSpeed reports a bad norm as -1 in some places, as infinity in others."""
+    return math.isfinite(norm) and norm >= 0
+
+
 class ZeroEngine(Engine):
     """A `DeepSpeedEngine` (not its `PipelineEngine`)."""
 
-    def __init__(self, run: RunConfig, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, run: RunConfig, device: torch.device) -> None:
         import deepspeed
         from deepspeed.utils import logger
 
         logger.setLevel("ERROR")
-        # On a CPU it would build a C++ operator for inference at start, which needs a compiler and is not used here.
+        # On a CPU DeepSpeed would build a C++ operator for inference at start, which needs a compiler and is not used.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         config = deepspeed_config(run)
         self._stage = run.parallel.zero_stage
-        context = None
-        if self._stage == 3:
-            # No dtype=: on a CPU, DeepSpeed 0.19.8 takes bf16 whatever is given there. It reads the configuration.
-            context = deepspeed.zero.Init(
-                data_parallel_group=parallel_state.get_data_parallel_group(),
-                config_dict_or_path=config,
-                mem_efficient_linear=False,
-                remote_device=str(device.type),
-            )
-        self.root = build_root(run, vocab_size, device, context)
-        if self._stage == 3:
-            self._register_tied_weight(deepspeed)
-            if run.train.compile:
-                # Its hooks on every module would cut a layer's graph at each of them.
-                deepspeed.utils.set_z3_leaf_modules(self.root, [RoutedLayer])
-        self._write(local_initial_values(run, self.root, vocab_size))
-        self.optimizer = build_optimizer(self.root.named(), run.optimizer, device.type == "cuda")
-        self.optimizer.leave_out = self._leave_out
-        self._skip = False
+        self.model = self._build_model(run, device, config)
+        self._write_copies(local_initial_values(run, self.model))
+        self.optimizer = build_optimizer(self.model.named(), run.optimizer, device.type == "cuda")
+        self.optimizer.skip_update = self._must_skip
+        self._asked_to_skip = False
         self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=self.root,
+            model=self.model,
             optimizer=self.optimizer,
             config=config,
             mpu=model_parallel_unit(),
             dist_init_required=False,
         )
         if self._stage >= 2:  # stage 1 reduces in step, in the order of the parameters
-            keep_layers_in_order(self._zero, self.root)
-        self.tied = TiedHead(self.root)
+            keep_layers_in_order(self._zero, self.model)
+        self.tied = TiedHead(self.model)
         self.tied.refresh()
-        # Two backwards with no forward between them would drop the gradient of the second (RECIPE.md, trap 3).
-        self.root.on_backward = self._zero.clear_backward_seen_flag
+        # Of two backwards with no forward between them DeepSpeed would drop the gradient of the second
+        # (docs/pitfalls.md).
+        self.model.on_backward = self._zero.clear_backward_seen_flag
 
-    def _register_tied_weight(self, deepspeed: Any) -> None:
-        """The head reads a weight that belongs to the embedding: ZeRO-3 must gather it for the head as well."""
-        chunk: Any
-        for chunk in self.root.chunks:
+    def _build_model(self, run: RunConfig, device: torch.device, config: dict[str, Any]) -> LocalModel:
+        """The model of this rank; with stage 3 in pieces from the start, so that no rank ever holds all of it."""
+        import deepspeed
+
+        if self._stage < 3:
+            return build_local_model(run, device)
+        # No dtype=: on a CPU, DeepSpeed 0.19.8 takes bf16 whatever is given there. It reads the configuration.
+        context = deepspeed.zero.Init(
+            data_parallel_group=parallel_state.get_data_parallel_group(),
+            config_dict_or_path=config,
+            mem_efficient_linear=False,
+            remote_device=str(device.type),
+        )
+        model = build_local_model(run, device, context)
+        for chunk in model.routed_chunks():
             if chunk.has_embedding and chunk.has_head and chunk.tie_embeddings:
+                # The head reads a weight that belongs to the embedding: it must be gathered for the head as well.
                 deepspeed.zero.register_external_parameter(chunk.output_layer, chunk.embedding.weight)
+        if run.train.compile:
+            # DeepSpeed's hooks on every module would cut a layer's graph at each of them.
+            deepspeed.utils.set_z3_leaf_modules(model, [RoutedLayer])
+        return model
 
     @torch.no_grad()
-    def _write(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    def _write_copies(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
         """Set the working copies of parameters, one at a time."""
         import deepspeed
 
@@ -142,31 +153,36 @@ class ZeroEngine(Engine):
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # a rank within the data group
                 parameter.data.copy_(value)
 
-    def forward(self, chunk: int | None, *args: Any) -> torch.Tensor:
-        return self._engine(chunk, *args)
+    def _call(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+        return self._engine(function, *args)
+
+    def set_clip_grad_norm(self, limit: float) -> None:
+        for name in ("clip_grad", "_clip_grad"):  # stages 1 to 3, and stage 1's optimizer for bf16
+            if hasattr(self._zero, name):
+                setattr(self._zero, name, limit)
 
     def _norm(self) -> float:
         norm = self._zero._global_grad_norm
         return float("nan") if norm is None else float(norm)
 
-    def _leave_out(self) -> bool:
-        return self._skip or not is_valid_norm(self._norm())
+    def _must_skip(self) -> bool:
+        return self._asked_to_skip or not is_valid_norm(self._norm())
 
-    def _update(self, leave_out: torch.Tensor | bool) -> StepOutcome:
-        self._skip = bool(leave_out)
+    def _update(self, skip_update: torch.Tensor | bool) -> StepOutcome:
+        self._asked_to_skip = bool(skip_update)
         self._engine.step()
         norm = self._norm()
         if getattr(self._zero, "overflow", False):
             norm = float("inf")
-        return StepOutcome(torch.tensor(norm), torch.tensor(not self._skip and is_valid_norm(norm)))
+        return StepOutcome(torch.tensor(norm), torch.tensor(not self._asked_to_skip and is_valid_norm(norm)))
 
     def _masters(self) -> Sequence[torch.Tensor]:
         if self._stage == 3:
             return self._zero.fp32_partitioned_groups_flat
-        return [master for _, master in self._flat_groups()]
+        return [weights for _, weights in self._flat_groups()]
 
     def _flat_groups(self) -> Iterator[tuple[list[torch.nn.Parameter], torch.Tensor]]:
-        """Stages 1 and 2: the parameters of each group, and this rank's part of their fp32 masters end to end."""
+        """Stages 1 and 2: the parameters of each group, and this rank's part of their fp32 weights end to end."""
         zero = self._zero
         if hasattr(zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1, bf16, fp32 accumulation
             return zip(zero.bf16_groups, zero.fp32_groups_flat_partition)
@@ -179,36 +195,36 @@ class ZeroEngine(Engine):
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
         # Lets each parameter find its piece of the moments. DeepSpeed does so once, where it may be too early.
-        for parameters, master in self._flat_groups():
-            lazy_init_hp_params_optimizer_state(parameters, master, self.optimizer.state)
+        for parameters, weights in self._flat_groups():
+            lazy_init_hp_params_optimizer_state(parameters, weights, self.optimizer.state)
 
-    def read(self, parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
+    def read(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if what == MODEL:
+        if quantity is Quantity.WEIGHT:
             return safe_get_full_fp32_param(parameter).detach()
-        return safe_get_full_optimizer_state(parameter, what).detach()
+        return safe_get_full_optimizer_state(parameter, quantity.value).detach()
 
     @torch.no_grad()
-    def write(self, parameter: torch.nn.Parameter, what: str, value: torch.Tensor) -> None:
+    def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if self._stage == 3:
-            self._write_partition(parameter, None if what == MODEL else what, value)
-            if what == MODEL:
-                self._write(iter([(parameter, value)]))
-        elif what == MODEL:
+            self._write_partition(parameter, quantity, value)
+        elif quantity is Quantity.WEIGHT:
             safe_set_full_fp32_param(parameter, value)
-            self._write(iter([(parameter, value)]))
         else:
-            safe_set_full_optimizer_state(parameter, value, what)
+            safe_set_full_optimizer_state(parameter, value, quantity.value)
+        if quantity is Quantity.WEIGHT:
+            self._write_copies(iter([(parameter, value)]))
 
-    def _write_partition(self, parameter: torch.nn.Parameter, key: str | None, value: torch.Tensor) -> None:
+    def _write_partition(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
         """Stage 3: DeepSpeed's ``safe_set_...`` reads past the end of a value that the replicas do not divide."""
+        key = None if quantity is Quantity.WEIGHT else quantity.value
         partition, _ = self._zero._get_fp32_opt_state_partition(parameter, False, optim_state_key=key)
         begin = partition.numel() * self._zero._get_param_partition_rank(parameter)
-        mine = value.flatten()[begin : begin + partition.numel()]
-        partition[: mine.numel()].copy_(mine)
+        part = value.flatten()[begin : begin + partition.numel()]
+        partition[: part.numel()].copy_(part)
 
     def close(self) -> None:
         super().close()

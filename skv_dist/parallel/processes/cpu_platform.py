@@ -1,6 +1,6 @@
 """Megatron-core on a CPU with gloo. Applied only where no CUDA device exists; on a GPU nothing is patched.
 
-Each patch stands with its reason; RECIPE.md says how they were found.
+Each patch stands with its reason; docs/pitfalls.md says more of Megatron-core on a CPU.
 """
 
 import contextlib

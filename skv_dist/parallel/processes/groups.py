@@ -138,7 +138,7 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
 def model_parallel_unit() -> Any:
     """Megatron's groups under the names that DeepSpeed asks its ``mpu`` for.
 
-    It must have no ``initialize_sequence_parallel``: DeepSpeed would take it for Ulysses sequence parallelism.
+    The class must have no ``initialize_sequence_parallel``: DeepSpeed would take it for Ulysses sequence parallelism.
     """
     from megatron.core import parallel_state as state
 
@@ -153,8 +153,8 @@ def model_parallel_unit() -> Any:
 
         get_model_parallel_group = staticmethod(state.get_model_parallel_group)
 
-    for kind in ("tensor_model_parallel", "pipeline_model_parallel", "data_parallel"):
-        for what in ("rank", "world_size", "group"):
-            name = f"get_{kind}_{what}"
+    for group in ("tensor_model_parallel", "pipeline_model_parallel", "data_parallel"):
+        for quantity in ("rank", "world_size", "group"):
+            name = f"get_{group}_{quantity}"
             setattr(ModelParallelUnit, name, staticmethod(getattr(state, name)))
     return ModelParallelUnit

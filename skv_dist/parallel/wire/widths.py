@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from skv_dist.config.run import RunConfig
-from skv_dist.parallel.wire.packing import kv_width
+from skv_dist.parallel.wire.packing import Packing
 from skv_dist.routing import RoutePlan
 
 
@@ -15,27 +15,25 @@ class WireWidths:
     Attributes:
         exact: per micro-batch and boundary (behind each stage but the last), what hidden state and live K/V need.
         padded: the one width that the interleaved schedule sends; None for 1F1B, which sends the exact ones.
-        chunks: model chunks per rank.
+        num_chunks: model chunks per rank.
     """
 
     exact: tuple[tuple[int, ...], ...]
     padded: int | None
-    chunks: int
+    num_chunks: int
 
     def behind(self, rank: int) -> list[int]:
         """Widths of the tensors that go from pipeline rank ``rank`` to the next, in the order of the schedule."""
         if self.padded is not None:
-            return [self.padded] * (len(self.exact) * self.chunks)
-        boundaries = len(self.exact[0])
-        return [widths[rank] for widths in self.exact] if 0 <= rank < boundaries else []
+            return [self.padded] * (len(self.exact) * self.num_chunks)
+        num_boundaries = len(self.exact[0])
+        return [widths[rank] for widths in self.exact] if 0 <= rank < num_boundaries else []
 
 
 def wire_widths(run: RunConfig, plans: Sequence[RoutePlan]) -> WireWidths:
     """Widths for one step's micro-batches."""
-    each, stages = kv_width(run), run.stages
-    exact = tuple(
-        tuple(run.model.hidden_size + each * len(live) for live in plan.live_at_boundaries(stages)) for plan in plans
-    )
+    packing, stages = Packing.of(run), run.stages
+    exact = tuple(tuple(packing.width(len(live)) for live in plan.live_at_boundaries(stages)) for plan in plans)
     interleaved = run.parallel.virtual_pipeline > 1
     padded = max(max(widths) for widths in exact) if interleaved else None
     return WireWidths(exact, padded, run.parallel.virtual_pipeline)

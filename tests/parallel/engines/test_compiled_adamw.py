@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from skv_dist.parallel.engines.base import GuardedAdamW
 from skv_dist.parallel.engines.compiled_adamw import CompiledAdamW
+from skv_dist.parallel.engines.optimizer import GuardedAdamW
 
 SHAPES = {
     "embedding.weight": (50, 8),

@@ -74,20 +74,22 @@ def test_the_interleaved_schedule_pads_to_the_widest(workers: Any) -> None:
 
 def test_packing_and_unpacking_are_inverse_with_gradients() -> None:
     from skv_dist.model.attention import KV
-    from skv_dist.parallel.wire.packing import pack, unpack
+    from skv_dist.parallel.wire.packing import Packing
 
     length, batch, heads, width, hidden_size = 8, 3, 2, 4, 6
     for rows in (8, 4):
+        packing = Packing(hidden_size, heads, width, sequence_split=length // rows)
         hidden = torch.randn(rows, batch, hidden_size, requires_grad=True)
         kv = {s: KV(*torch.randn(2, length, batch, heads, width).unbind()) for s in (1, 3, 4)}
         for pair in kv.values():
             pair.key.requires_grad_()
             pair.value.requires_grad_()
-        packed = pack(hidden, kv, (1, 4), None)
+        packed = packing.pack(hidden, kv, (1, 4))
         assert packed.shape == (rows, batch, hidden_size + 4 * heads * width * length // rows)
-        padded = pack(hidden, kv, (1, 4), packed.shape[-1] + 5)
+        assert packed.shape[-1] == packing.width(2)
+        padded = packing.pack(hidden, kv, (1, 4), packed.shape[-1] + 5)
         for tensor in (packed, padded):
-            back, live_kv = unpack(tensor, hidden_size, (1, 4), heads, width, length)
+            back, live_kv = packing.unpack(tensor, (1, 4))
             assert torch.equal(back, hidden)
             parts = (back, *(part for pair in live_kv.values() for part in (pair.key, pair.value)))
             assert all(part.is_contiguous() for part in parts)  # or a compiled layer is compiled for every width

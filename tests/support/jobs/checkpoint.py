@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.support.engine import built, made_engine, vocab_size_of
+from tests.support.engine import built, made_engine
 from tests.support.jobs.loop import run_and_print
 
 
@@ -10,11 +10,12 @@ def read_and_write(settings: dict[str, Any], source: str, target: str) -> None:
     """Load a checkpoint into this layout and write it again at once, as step 1."""
     from pathlib import Path
 
-    from skv_dist.checkpoint.save import Saver, load
+    from skv_dist.checkpoint.load import load_checkpoint
+    from skv_dist.checkpoint.save import Saver
 
     with built(settings) as (run, world), made_engine(run, world) as engine:
-        load(engine, run, vocab_size_of(run), Path(source), weights_only=False)
-        saver = Saver(engine, run, vocab_size_of(run), Path(target))
+        load_checkpoint(engine, run, Path(source), weights_only=False)
+        saver = Saver(engine, run, Path(target))
         saver.save(1, {})
         saver.close()
 
@@ -24,14 +25,14 @@ def run_on_a_full_disk(settings: dict[str, Any], step: int) -> tuple[list[dict[s
     import errno
     from unittest import mock
 
-    from skv_dist.checkpoint.save import Saver
+    from skv_dist.checkpoint import save
 
-    right = Saver._tensors
+    right = save.write_tensors
 
-    def wrong(self: Any, folder: Any, *rest: Any) -> None:
-        right(self, folder, *rest)
+    def wrong(folder: Any, *rest: Any) -> None:
+        right(folder, *rest)
         if folder.name.endswith(f"{step:08d}"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with mock.patch.object(Saver, "_tensors", wrong):
+    with mock.patch.object(save, "write_tensors", wrong):
         return run_and_print(settings)

@@ -26,13 +26,13 @@ def swept_losses(
 
     class Samples:
         def __getitem__(self, position: int) -> Any:
-            return random_sample(position, run.data.sequence_length, engines.vocab_size_of(run))
+            return random_sample(position, run.data.sequence_length, run.vocab_size)
 
     with built(settings) as (run, world):
         engine = engines.frozen_engine(run, world)
         engines.assign_full(engine, run, world, weights)
         plans = {name: RoutePlan(table) for name, table in tables.items()} or retention_plans(run)
-        return sweep(engine, run, world, evaluation_batches(run, world, Samples()), plans)
+        return sweep(engine, run, evaluation_batches(run, world, Samples()), plans)
 
 
 def sampled_tokens(
@@ -50,6 +50,6 @@ def sampled_tokens(
     with built(settings) as (run, world):
         engine = engines.frozen_engine(run, world)
         engines.assign_full(engine, run, world, weights)
-        multiple = run.parallel.tensor if run.parallel.sequence_parallel else 1
+        multiple = run.parallel.sequence_split
         text = sample_text(engine, world, Numbers(), RoutePlan(table), prompt, multiple=multiple, **given)
         return [int(number) for number in text.split()]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tests.support.batches import global_batch
-from tests.support.engine import built, drawn_plans, made_engine, vocab_size_of
+from tests.support.engine import built, drawn_plans, made_engine
 from tests.support.settings import SEQUENCE
 
 
@@ -35,11 +35,11 @@ def run_and_print(settings: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
         return run_training(settings), printed.getvalue()
 
 
-def _trainer(run: Any, world: Any, engine: Any, samples: Any, callbacks: list[Any]) -> Any:
+def _trainer(run: Any, world: Any, engine: Any, samples: Any) -> Any:
     from skv_dist.config.run import derive
     from skv_dist.training.trainer import Trainer
 
-    return Trainer(run, derive(run, world.size), world, engine, vocab_size_of(run), samples, callbacks)
+    return Trainer(run, derive(run, world.size), world, engine, samples)
 
 
 def steps_before_data_fail(settings: dict[str, Any], position: int) -> list[int]:
@@ -61,9 +61,9 @@ def steps_before_data_fail(settings: dict[str, Any], position: int) -> list[int]
             heard.append(step)
 
     with built(settings) as (run, world), made_engine(run, world) as engine:
-        trainer = _trainer(run, world, engine, Broken(), [Listener()])
+        trainer = _trainer(run, world, engine, Broken())
         with contextlib.suppress(UserError):
-            trainer.fit()
+            trainer.fit([Listener()])
     return heard
 
 
@@ -93,9 +93,39 @@ def host_reads(settings: dict[str, Any]) -> int:
         built(settings) as (run, world),
         made_engine(run, world) as engine,
     ):
-        trainer = _trainer(run, world, engine, [], [])
+        trainer = _trainer(run, world, engine, [])
         batches = global_batch(0)
         work = list(zip(batches, drawn_plans(run, batches, 0)))
         with Count() as count:
-            trainer._launch(work, [])
+            trainer.launch(work)
     return count.reads
+
+
+def steps_until_sigterm_within(settings: dict[str, Any], step: int) -> tuple[int, str | None]:
+    """SIGTERM arrives while ``step`` is computed: (steps that were made, what stopped the run)."""
+    import os
+    import signal
+    from unittest import mock
+
+    from skv_dist.training import trainer as training
+
+    right, calls = training.run_batch, 0
+
+    def interrupted(*args: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return right(*args, **keywords)
+
+    class Samples:
+        def __getitem__(self, index: int) -> Any:
+            from skv_dist.data.packing import Sample
+
+            return Sample(np.arange(SEQUENCE + 1), np.zeros(SEQUENCE + 1, np.int64))
+
+    with built(settings) as (run, world), made_engine(run, world) as engine:
+        trainer = _trainer(run, world, engine, Samples())
+        with mock.patch.object(training, "run_batch", interrupted):
+            trainer.fit()
+        return trainer.step, trainer.stopped_by

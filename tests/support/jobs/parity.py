@@ -38,7 +38,7 @@ def _train(settings: dict[str, Any], steps: int, without_clipping: bool) -> dict
         with made_engine(run, world) as engine:
             losses.append(run_step(engine, run, world, steps).loss.item())
             if without_clipping:
-                engines.switch_clipping_off(engine)
+                engine.set_clip_grad_norm(0.0)
             norm, gradients = engines.capture_gradients(engine, run)
             norms.append(norm)
         with made_engine(run, world) as engine:
@@ -82,7 +82,7 @@ def skip_update(settings: dict[str, Any]) -> tuple[list[bool], float]:
 
         before = engines.full_weights(engine, run)
         backward(0)
-        outcome = engines.skip_update(engine)
+        outcome = engine.step(skip_update=True)
         after = engines.full_weights(engine, run)
         unchanged = all(np.array_equal(before[name], after[name]) for name in before)
         backward(1)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tests.support.batches import local_batches
-from tests.support.engine import built, drawn_plans, made_engine, run_step, vocab_size_of
+from tests.support.engine import built, drawn_plans, made_engine, run_step
 from tests.support.settings import SEQUENCE
 
 
@@ -12,11 +12,11 @@ def wire(settings: dict[str, Any]) -> dict[str, Any]:
     import weakref
     from unittest import mock
 
-    from skv_dist.model.chunk import RoutedChunk
+    from skv_dist.parallel.wire.port import ChunkPort
 
     held: list[Any] = []
     most = 0
-    right = RoutedChunk.take_input
+    right = ChunkPort.take_input
 
     def counted(self: Any) -> Any:
         nonlocal most
@@ -30,7 +30,7 @@ def wire(settings: dict[str, Any]) -> dict[str, Any]:
 
     with built(settings) as (run, world), made_engine(run, world) as engine:
         plans = drawn_plans(run, local_batches(run, world, 0), 0)
-        with mock.patch.object(RoutedChunk, "take_input", counted):
+        with mock.patch.object(ChunkPort, "take_input", counted):
             sent = run_step(engine, run, world, 0).wire_bytes
         return {"sent": sent, "held": most, "tables": [plan.table for plan in plans]}
 
@@ -40,14 +40,15 @@ def missing_source(settings: dict[str, Any]) -> str:
     import torch
 
     from skv_dist.errors import UserError
-    from skv_dist.model import chunk
+    from skv_dist.model.chunk import RoutedChunk
     from skv_dist.routing import RoutePlan
 
     with built(settings) as (run, _):
-        second = chunk.RoutedChunk(run, vocab_size_of(run), 5, 8)
-        packed = torch.zeros(SEQUENCE, 2, run.model.hidden_size)
+        second = RoutedChunk(run, range(5, 8))
+        tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
+        hidden = torch.zeros(SEQUENCE, 2, run.model.hidden_size)
         try:
-            second._run_layers(packed, {}, RoutePlan([0, 1, 2, 3, 4, 1, 6, 7]), None, None)  # type: ignore[arg-type]
+            second(RoutePlan([0, 1, 2, 3, 4, 1, 6, 7]), tokens, hidden=hidden)
         except UserError as error:
             return str(error)
         return ""

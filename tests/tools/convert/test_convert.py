@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from skv_tools.convert import verify as verification
+from skv_tools.convert import run_engine
 from skv_tools.convert.cli import main
 
 from tests.support.jobs.loop import run_training
@@ -39,10 +40,9 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Call:
 
 
 @pytest.fixture(autouse=True)
-def runners(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines run in processes whose imports are done, but for tests that are marked: those start a new interpreter."""
-    if "new_interpreter" not in request.keywords:
-        monkeypatch.setattr(verification, "subprocess", SimpleNamespace(run=run_forked))
+def engines_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines run in processes whose imports are done. The last test starts a new interpreter, as users do."""
+    monkeypatch.setattr(run_engine, "subprocess", SimpleNamespace(run=run_forked))
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +138,15 @@ def test_the_exported_model_is_the_checkpoint_under_its_map(
     wrong[-1] = sorted(set(wrong))[0] if wrong[-1] else sorted(set(wrong))[-1]
     (out / "config.json").write_text(json.dumps({**config, "kv_source_layers": wrong}))
     # The runner is told another map than the one the reference gets.
-    tokens = verification._tokens(out, verification.TEXT, 32)
-    right = verification._reference(checkpoint, tokens, {tuple(MAPS[name])}, torch.float32)[tuple(MAPS[name])]
     import numpy as np
+    from skv_tools.convert.reference import TEXT, comparison_tokens, reference_log_probs
+    from skv_tools.convert.verify import largest_difference
 
+    tokens, sources = comparison_tokens(out, TEXT, 32), tuple(MAPS[name])
+    right = reference_log_probs(checkpoint, tokens, {sources}, torch.float32)[sources]
     np.save(tmp_path / "tokens.npy", tokens)
-    found = verification._run(engine, sys.executable, out, tmp_path / "tokens.npy", tmp_path / "found.npz")
-    assert verification._apart(found["prefill"], right) > 0.1
+    measured = run_engine.run_engine(engine, sys.executable, out, tmp_path / "tokens.npy", tmp_path / "measured.npz")
+    assert largest_difference(measured["prefill"], right) > 0.1
 
 
 def test_loading_generating_and_an_adaptive_folder(call: Call, checkpoint: Path, tmp_path: Path) -> None:
@@ -293,3 +295,10 @@ def test_damaged_folders_are_named(call: Call, tmp_path: Path, capsys: pytest.Ca
     assert call("from-hf", source, tmp_path / "ours") == 2
     assert "holds no tokenizer" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "whole"}
+
+
+def test_an_engine_runs_in_an_interpreter_of_its_own(
+    call: Call, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_engine, "subprocess", subprocess)
+    assert call("to-hf", checkpoint, tmp_path / "out", "--kv-source-layers", *MAPS["irregular"]) == 0

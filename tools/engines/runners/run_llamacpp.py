@@ -56,15 +56,15 @@ def _feed(model: Any, tokens: np.ndarray, size: int) -> np.ndarray:
     batch = llama.llama_batch_init(size, 0, 1)
     rows = []
     for start in range(0, len(tokens), size):
-        given = tokens[start : start + size]
-        batch.n_tokens = len(given)
-        for place, token in enumerate(given):
+        piece = tokens[start : start + size]
+        batch.n_tokens = len(piece)
+        for place, token in enumerate(piece):
             batch.token[place], batch.pos[place], batch.logits[place] = int(token), start + place, 1
             batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
         if llama.llama_decode(context, batch):
             raise RuntimeError("llama_decode failed")
-        found = llama.llama_get_logits(context)
-        rows.append(np.ctypeslib.as_array(found, shape=(len(given) * vocabulary,)).reshape(-1, vocabulary).copy())
+        values = llama.llama_get_logits(context)
+        rows.append(np.ctypeslib.as_array(values, shape=(len(piece) * vocabulary,)).reshape(-1, vocabulary).copy())
     llama.llama_batch_free(batch)
     llama.llama_free(context)
     logits = np.concatenate(rows).astype(np.float64)
@@ -86,13 +86,14 @@ def main() -> None:
     tokens = np.load(arguments.tokens)
     log.text = ""
     llama.llama_free(_context(model))
-    held = log.cache_bytes()
+    cache_bytes = log.cache_bytes()
     np.savez(
         arguments.out,
         prefill=np.stack([_feed(model, row, len(row)) for row in tokens]),
         stepwise=np.stack([_feed(model, row, 1) for row in tokens]),
-        cache_bytes_per_token=held / _POSITIONS,
-        cache_measured=f"KV buffer size that llama.cpp prints ({held / 2**20:.2f} MiB), a position of {_POSITIONS:,}",
+        cache_bytes_per_token=cache_bytes / _POSITIONS,
+        cache_measured=f"KV buffer size that llama.cpp prints ({cache_bytes / 2**20:.2f} MiB), a position of "
+        f"{_POSITIONS:,}",
     )
 
 

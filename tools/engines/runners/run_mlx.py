@@ -35,15 +35,15 @@ def main() -> None:
 
     cache = make_prompt_cache(model)
     prefill = log_probs(tokens, cache)
-    # mlx-lm reserves positions in steps that differ between kinds of caches
-    held = sum((e.keys.nbytes + e.values.nbytes) / (e.keys.shape[2] * tokens.shape[0]) for e in cache)
+    # A reserved position, not a token: mlx-lm reserves them in steps that differ between its classes of caches.
+    cache_bytes = sum((e.keys.nbytes + e.values.nbytes) / (e.keys.shape[2] * tokens.shape[0]) for e in cache)
     cache = make_prompt_cache(model)
     stepwise = np.concatenate([log_probs(tokens[:, i : i + 1], cache) for i in range(tokens.shape[1])], axis=1)
     np.savez(
         arguments.out,
         prefill=prefill,
         stepwise=stepwise,
-        cache_bytes_per_token=held,
+        cache_bytes_per_token=cache_bytes,
         cache_measured=f"bytes of the arrays in the {len(cache)} caches that the model makes, a reserved position",
     )
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 import modeling_skv
 
 
-def _held(cache: DynamicCache) -> int:
+def _cache_bytes(cache: DynamicCache) -> int:
     tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
@@ -36,13 +36,12 @@ def main() -> None:
     arguments = parser.parse_args()
     AutoConfig.register("skv", modeling_skv.SkvConfig)
     AutoModelForCausalLM.register(modeling_skv.SkvConfig, modeling_skv.SkvForCausalLM)
-    given: dict[str, Any] = {}
+    settings: dict[str, Any] = {"trust_remote_code": False, "dtype": torch.float32}
     if arguments.kv_source_layers is not None:
-        given["kv_source_layers"] = arguments.kv_source_layers
+        settings["kv_source_layers"] = arguments.kv_source_layers
     tokens = torch.from_numpy(np.load(arguments.tokens))
     stored = getattr(torch, json.loads((arguments.folder / "config.json").read_text())["dtype"])
-    given.update(trust_remote_code=False, dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(arguments.folder, **given)
+    model = AutoModelForCausalLM.from_pretrained(arguments.folder, **settings)
     model.eval()
     with torch.inference_mode():
         prefill = torch.log_softmax(model(tokens).logits, -1)
@@ -56,7 +55,7 @@ def main() -> None:
         arguments.out,
         prefill=prefill.numpy(),
         stepwise=stepwise.numpy(),
-        cache_bytes_per_token=_held(cache) / tokens.shape[1],
+        cache_bytes_per_token=_cache_bytes(cache) / tokens.shape[1],
         cache_measured=f"bytes of the storages that a DynamicCache in {stored} holds, a token",
     )
 

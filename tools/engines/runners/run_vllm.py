@@ -23,10 +23,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # On CPUs vLLM wants a NUMA node for each worker otherwise.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
-_CACHE_BYTES = 2**30
+_ALLOTTED_BYTES = 2**30
 
 
-def _engine(folder: Path, length: int, stock: bool, more: dict[str, Any]) -> Any:
+def _engine(folder: Path, length: int, stock: bool, settings: dict[str, Any]) -> Any:
     if stock:
         os.environ["VLLM_PLUGINS"] = ""
     import torch
@@ -55,10 +55,10 @@ def _engine(folder: Path, length: int, stock: bool, more: dict[str, Any]) -> Any
 
             return force
 
-    settings: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "dtype": "float32",
         "max_model_len": length + 1,
-        "kv_cache_memory_bytes": _CACHE_BYTES,
+        "kv_cache_memory_bytes": _ALLOTTED_BYTES,
         "max_num_seqs": 4,
         "max_logprobs": -1,  # the whole vocabulary
         "enable_prefix_caching": False,
@@ -66,20 +66,20 @@ def _engine(folder: Path, length: int, stock: bool, more: dict[str, Any]) -> Any
         "skip_tokenizer_init": True,
         "logits_processors": [Forced],
     }
-    return LLM(str(folder), trust_remote_code=True, **settings | more)
+    return LLM(str(folder), trust_remote_code=True, **defaults | settings)
 
 
 def _log_probs(llm: Any, prompts: list[list[int]], forced: list[list[int]]) -> np.ndarray:
     """float32 [n, s, V] of tokens prompts[i] + forced[i]: the prompt at once, the others one by one."""
     from vllm import SamplingParams, TokensPrompt
 
-    def sampling(more: list[int]) -> SamplingParams:
-        whole = {"logprobs": -1, "detokenize": False, "flat_logprobs": True}  # of raw logits, before `Forced`
-        if not more:
-            return SamplingParams(max_tokens=1, prompt_logprobs=-1, **whole)
-        return SamplingParams(max_tokens=len(more) + 1, extra_args={"forced": more}, **whole)
+    def sampling(continuation: list[int]) -> SamplingParams:
+        wanted = {"logprobs": -1, "detokenize": False, "flat_logprobs": True}  # of raw logits, before `Forced`
+        if not continuation:
+            return SamplingParams(max_tokens=1, prompt_logprobs=-1, **wanted)
+        return SamplingParams(max_tokens=len(continuation) + 1, extra_args={"forced": continuation}, **wanted)
 
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], [sampling(more) for more in forced])
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], [sampling(tokens) for tokens in forced])
 
     def row(position: dict[int, Any]) -> list[float]:
         return [position[token].logprob for token in range(len(position))]
@@ -94,7 +94,7 @@ def _log_probs(llm: Any, prompts: list[list[int]], forced: list[list[int]]) -> n
     )
 
 
-def _held(worker: Any) -> int:
+def _cache_bytes(worker: Any) -> int:
     """Bytes of the worker's K/V tensors; layers that share have the same one."""
     storages = [cache.untyped_storage() for cache in worker.model_runner.kv_caches]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -123,14 +123,15 @@ def main() -> None:
     cache = llm.llm_engine.vllm_config.cache_config
     # Layers of different kinds are in different groups, each of which takes blocks of its own for a token.
     positions = cache.num_gpu_blocks * cache.block_size // llm.collective_rpc(_groups)[0]
-    held = sum(llm.collective_rpc(_held))
+    cache_bytes = sum(llm.collective_rpc(_cache_bytes))
     np.savez(
         arguments.out,
         prefill=_log_probs(llm, rows, [[] for _ in rows]),
         stepwise=_log_probs(llm, [row[:1] for row in rows], [row[1:] for row in rows]),
-        cache_bytes_per_token=held / positions,
-        cache_measured=f"bytes of the K/V tensors that vLLM allocated ({held:,}), a position of its {positions:,}",
-        cache_tokens_per_gib=int(positions * 2**30 / held),
+        cache_bytes_per_token=cache_bytes / positions,
+        cache_measured=f"bytes of the K/V tensors that vLLM allocated ({cache_bytes:,}), a position of its "
+        f"{positions:,}",
+        cache_tokens_per_gib=int(positions * 2**30 / cache_bytes),
         model=llm.collective_rpc(_model)[0],
     )
 

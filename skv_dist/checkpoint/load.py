@@ -1,0 +1,81 @@
+"""Reading checkpoints: into an engine of any layout, or tensor by tensor."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.metadata import SafeReader
+from skv_dist.checkpoint.shards import empty_shards, restore
+from skv_dist.config.run import RunConfig
+from skv_dist.errors import UserError, cause_in_one_line
+from skv_dist.parallel.engines.base import Engine, Quantity
+from skv_dist.parallel.processes.agree import first_error
+
+
+def verify_everywhere(folder: Path, group: dist.ProcessGroup | None = None) -> None:
+    """`folder.verify` with the files shared out over the ranks. Collective.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    error = None
+    try:
+        files.verify(folder, dist.get_rank(group), dist.get_world_size(group))
+    except (UserError, OSError) as problem:
+        error = str(problem)
+    agreed = first_error(error, group)
+    if agreed is not None:
+        raise UserError(agreed)
+
+
+def load_checkpoint(engine: Engine, run: RunConfig, folder: Path, *, weights_only: bool) -> None:
+    """Set the engine's weights, and its optimizer state too unless ``weights_only``. Collective.
+
+    The layout that wrote the folder does not matter.
+
+    Raises:
+        UserError: a parameter is missing or has another shape, or a file is damaged.
+    """
+    quantities: Sequence[Quantity] = (Quantity.WEIGHT,) if weights_only else tuple(Quantity)
+    if not weights_only:
+        engine.prepare_moments()
+    shards = empty_shards(engine, run, quantities)
+    error = None
+    try:
+        dcp.load(dict(shards), storage_reader=SafeReader(folder), no_dist=True)
+    except UserError as problem:
+        error = str(problem)
+    except Exception as problem:  # DCP wraps what it meets in classes of its own
+        error = f"checkpoint {folder} does not fit this model, or is damaged: {cause_in_one_line(problem)}"
+    agreed = first_error(error)
+    if agreed is not None:
+        raise UserError(agreed)
+    restore(engine, shards, quantities)
+    if not weights_only:
+        engine.num_updates = int(files.read_state(folder)["updates"])
+
+
+def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Full tensors by their names in the checkpoint, in one process without process groups.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    reader = SafeReader(folder)
+    metadata = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.zeros(metadata[name].size) for name in names}  # type: ignore[union-attr]
+    try:
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+    except Exception as error:
+        raise UserError(f"checkpoint {folder} is damaged: {cause_in_one_line(error)}") from error
+    return tensors
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a checkpoint."""
+    entries = SafeReader(folder).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in entries.items()}  # type: ignore[union-attr]

@@ -1,0 +1,19 @@
+"""What is refused because of the device that is there."""
+
+import pytest
+import torch
+
+from skv_dist.config.run import RunConfig
+from skv_dist.errors import UserError
+from skv_dist.model.megatron_config import check_device
+from tests.support.settings import config
+
+
+def test_dropout_that_a_gpu_kernel_would_leave_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = config(model={"attention_dropout": 0.1}, data={"reset_attention": True})
+    run = RunConfig.model_validate(both)
+    check_device(run)  # on a CPU it is applied
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"data.reset_attention: true and model.attention_dropout 0.1 .* set model"):
+        check_device(run)
+    check_device(RunConfig.model_validate(config(model={"attention_dropout": 0.1})))

@@ -1,0 +1,1 @@
+"""``skv-checkpoint``: looking at the checkpoints of a run, taking weights out, removing old ones."""

@@ -1,0 +1,126 @@
+"""The folder that ONNX Runtime GenAI reads.
+
+Weights are stored as float32, whatever the exported folder holds: the CPU provider has no other type for all nodes.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .decoder import add_decoder, cache_names
+from .graph import MICROSOFT, Graph
+from .weights import Array, map_weights
+
+_NOT_COPIED = {"config.json", "generation_config.json", "model.safetensors.index.json"}  # all else is the tokenizer's
+
+
+def export_onnx(folder: Path, out: Path) -> None:
+    """Write into the folder ``out``: ``model.onnx``, its data file, ``genai_config.json`` and the tokenizer's files.
+
+    One weight is in memory at a time.
+
+    Raises:
+        ValueError: the folder cannot be expressed.
+    """
+    try:
+        import onnx
+        from onnx import helper
+    except ImportError as error:
+        raise ValueError("writing an ONNX model needs the package onnx: pip install onnx") from error
+
+    config = json.loads((folder / "config.json").read_text())
+    weights = map_weights(folder)
+    _check(config, weights, folder)
+    with Graph(out) as graph:
+        add_decoder(graph, config, weights)
+    body = helper.make_graph(graph.nodes, "skv", _inputs(config), _outputs(config), graph.initializers)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
+    model = helper.make_model(body, opset_imports=opsets, ir_version=10, producer_name="skv-dist")
+    onnx.save(model, out / "model.onnx")
+    (out / "genai_config.json").write_text(json.dumps(_genai_config(config), indent=2) + "\n")
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and path.name not in _NOT_COPIED:
+            shutil.copy(path, out)
+
+
+def _check(config: dict[str, Any], weights: dict[str, Array], folder: Path) -> None:
+    """Refuse what cannot be expressed.
+
+    Raises:
+        ValueError: the folder holds another model, its map is not one, or weights that the map needs are missing.
+    """
+    if config.get("model_type") != "skv":
+        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, not 'skv': use that model's converter")
+    sources = config["kv_source_layers"]
+    if config.get("kv_retention") is not None:
+        raise ValueError(f"{folder}/config.json sets kv_retention: set the kv_source_layers that it means instead")
+    if len(sources) != config["num_hidden_layers"]:
+        raise ValueError(f"kv_source_layers has {len(sources)} entries for {config['num_hidden_layers']} layers")
+    for layer, source in enumerate(sources):
+        if not 0 <= source <= layer or sources[source] != source:
+            raise ValueError(f"kv_source_layers[{layer}] is {source}, which is no earlier owner of a cache")
+        if f"model.layers.{source}.self_attn.k_proj.weight" not in weights:
+            raise ValueError(f"layer {source} cannot own a cache: {folder} holds no key projection of it")
+    biased = [name for name in weights if name.endswith("proj.bias")]
+    if biased or config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{folder}: {biased[0] if biased else config['hidden_act']} is not supported here")
+
+
+def _inputs(config: dict[str, Any]) -> list[Any]:
+    from onnx import TensorProto, helper
+
+    tokens = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["b", "s"])
+    mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["b", "t"])
+    return [tokens, mask, *_caches(config, "past_key_values", "past")]
+
+
+def _outputs(config: dict[str, Any]) -> list[Any]:
+    from onnx import TensorProto, helper
+
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "s", config["vocab_size"]])
+    return [logits, *_caches(config, "present", "t")]
+
+
+def _caches(config: dict[str, Any], prefix: str, length: str) -> list[Any]:
+    """One key and one value for each owner, [b, groups, length, d]."""
+    from onnx import TensorProto, helper
+
+    shape = ["b", config["num_key_value_heads"], length, config["head_dim"]]
+    names = [name for owner in range(_num_caches(config)) for name in cache_names(prefix, owner)]
+    return [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names]
+
+
+def _num_caches(config: dict[str, Any]) -> int:
+    return len(set(config["kv_source_layers"]))
+
+
+def _genai_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What the runtime needs to know. ``num_hidden_layers`` is the number of caches that it allocates."""
+    ends = config.get("eos_token_id")
+    end = ends[0] if isinstance(ends, list) else ends
+    pad = config.get("pad_token_id")
+    past = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
+    present = {"present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": "model.onnx",
+        "head_size": config["head_dim"],
+        "hidden_size": config["hidden_size"],
+        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", **past},
+        "outputs": {"logits": "logits", **present},
+        "num_attention_heads": config["num_attention_heads"],
+        "num_hidden_layers": _num_caches(config),
+        "num_key_value_heads": config["num_key_value_heads"],
+    }
+    model = {
+        "bos_token_id": config.get("bos_token_id"),
+        "context_length": config["max_position_embeddings"],
+        "decoder": decoder,
+        "eos_token_id": ends,
+        "pad_token_id": end if pad is None else pad,
+        "type": "qwen3" if config["qk_norm"] else "llama",
+        "vocab_size": config["vocab_size"],
+    }
+    search = {"do_sample": False, "max_length": config["max_position_embeddings"], "past_present_share_buffer": True}
+    return {"model": {key: value for key, value in model.items() if value is not None}, "search": search}

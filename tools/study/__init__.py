@@ -1,0 +1,1 @@
+"""Studies: grids of training runs with several seeds, and pages about them."""

@@ -1,0 +1,120 @@
+"""The page about a study: what `skv_tools.study` found, as Markdown."""
+
+import json
+import math
+import os
+import shlex
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from skv_dist.errors import UserError
+
+from .runs import Run
+
+LOSS = "eval/loss@"
+# Student's t at 97.5 %, by degrees of freedom
+_T = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+_LOSSES = """Validation loss in nats per token after the last step, mean ± standard deviation over seeds. All runs are
+measured on the same text."""
+_DIFFERENCES = """A seed fixes the initial weights and the order of the training text. In brackets: the standard error
+of the mean difference, and its 95 % interval by Student's t, which is wide with few seeds. Bold: beyond two standard
+errors."""
+
+
+class _Result:
+    """What a finished run left in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        self.metrics: list[dict[str, Any]] = list(lines)
+        self.output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        self.config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        self.losses: dict[int, dict[str, float]] = {}  # step to retention to loss
+        for line in self.metrics:
+            values = {name.removeprefix(LOSS): value for name, value in line.items() if name.startswith(LOSS)}
+            if values:
+                self.losses[line["step"]] = values
+
+    def said(self, name: str) -> str:
+        """A line of the report with which the trainer starts."""
+        return next((text.partition(":")[2].strip() for text in self.output if text.startswith(f"{name}:")), "unknown")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}" if values else ""
+
+
+def difference(values: Sequence[float]) -> str:
+    """Mean, standard error and 95 % interval of paired differences."""
+    if not 1 < len(values) <= len(_T):
+        return ""
+    mean, error = statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+    reach = _T[len(values) - 1] * error
+    mark = "**" if abs(mean) > 2 * error else ""
+    return f"{mark}{mean:+.3f}{mark} (error {error:.3f}; {mean - reach:+.3f} to {mean + reach:+.3f})"
+
+
+def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> str:
+    """The results as Markdown; ``train`` is the module that the runs were started with.
+
+    Raises:
+        UserError: no run is finished yet.
+    """
+    done = [run for run in runs if run.record is not None]
+    if not done:
+        raise UserError(f"no run of {file} is finished yet")
+    results = {(run.variant, run.seed): _Result(run.folder) for run in done}
+    first = next(iter(results.values()))
+    shares = {f"{r:.2f}": f"{100 * r:g} %" for r in sorted(first.config["eval"]["retention"], reverse=True)}
+    steps = sorted(set.intersection(*(set(one.losses) for one in results.values())))
+    last, names = steps[-1], list(dict.fromkeys(run.variant for run in done))
+    seeds = {name: [run.seed for run in done if run.variant == name] for name in names}
+
+    def at(name: str, share: str, step: int = last) -> list[float]:
+        return [results[name, seed].losses[step][share] for seed in seeds[name]]
+
+    began = sorted(run.record["began"] for run in done if run.record)
+    text = f"# {study['title']}\n\nMade by `python -m skv_tools.study {os.path.relpath(file)}`; the first of its "
+    text += f"{len(done)} runs (of {len(runs)} asked for) began at {began[0]}, the last at {began[-1]}.\n\n"
+    for name in ("software", "processes", "model", "batch", "run"):
+        text += f"- {name}: {'; '.join(sorted({one.said(name) for one in results.values()}))}\n"
+    abouts = [Path(folder, "about.md") for folder in study.get("prepare", {})]
+    text += "".join(about.read_text(encoding="utf-8") for about in abouts if about.exists()) + "\n"
+    for section in ("reading", "prediction"):
+        text += f"## {section.capitalize()}\n\n{study[section].strip()}\n\n" if study.get(section) else ""
+
+    rows = [[name, str(len(seeds[name])), *(spread(at(name, share)) for share in shares)] for name in names]
+    text += f"## Loss by share of the cache\n\n{_LOSSES}\n\n{table(['', 'seeds', *shares.values()], rows)}"
+
+    rows = []
+    for one, other in study.get("compare", []):
+        both = [seed for seed in seeds.get(one, []) if seed in seeds.get(other, [])]
+        pairs = [[results[pair].losses[last] for pair in ((one, seed), (other, seed))] for seed in both]
+        cells = [difference([after[share] - before[share] for before, after in pairs]) for share in shares]
+        rows.append([f"{other} minus {one}", str(len(both)), *cells])
+    text += f"\n## Differences, paired by seed\n\n{_DIFFERENCES}\n\n{table(['', 'seeds', *shares.values()], rows)}"
+
+    rows = []
+    for (name, seed), one in results.items():
+        rate = statistics.median(line["tokens_per_second"] for line in one.metrics)
+        values = [f"{one.losses[last][share]:.3f}" for share in shares]
+        rows.append([name, str(seed), *values, str(one.metrics[-1]["skipped"]), f"{rate:,.0f}"])
+    head = ["", "seed", *shares.values(), "updates skipped", "tokens/s beside other runs"]
+    text += f"\n## Every seed\n\n{table(head, rows)}"
+
+    share = next(iter(shares))
+    rows = [[name, *(spread(at(name, share, step)) for step in steps)] for name in names]
+    text += f"\n## Loss by step, at {shares[share]} of the cache\n\n{table(['', *map(str, steps)], rows)}"
+
+    lines = [f"python -m {shlex.join(arguments)}" for arguments in study.get("prepare", {}).values()]
+    lines += [f"python -m {train} {shlex.join(run.arguments)}" for run in done]
+    return text + "\n## Commands\n\n```\n" + "\n".join(lines) + "\n```\n"
