@@ -7,6 +7,10 @@ if [ ! -x .venv/bin/python ]; then
 fi
 . .venv/bin/activate
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+if [ "$DS_ACCELERATOR" = cpu ]; then
+    # torch would take the GPUs of this machine, and DeepSpeed the CPU.
+    export CUDA_VISIBLE_DEVICES=
+fi
 if [ ! -e .venv/installed ] || [ constraints.txt -nt .venv/installed ] || [ pyproject.toml -nt .venv/installed ]; then
     # torch first: DeepSpeed's build looks for it, and the pinned version decides which build is fetched.
     pip install -q --disable-pip-version-check -c constraints.txt torch

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Sets everything up in .venv, then pre-trains a small model twice on the source code of Python's standard library, on
 # two CPU processes: with stochastic KV routing, and dense. Ends with the loss of both by cache size, and sampled text.
+# GPUs are hidden from it, so that it shows the same everywhere.
 # Results: runs/quickstart. Arguments go to both runs, e.g. train.steps=50.
 set -euo pipefail
+export DS_ACCELERATOR=cpu
 . "$(dirname "$0")/common.sh"
 out=runs/quickstart
 rm -rf "$out"/r_cla "$out"/dense

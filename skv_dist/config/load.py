@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from skv_dist.config.keys import dotted, field_at, unknown_key
 from skv_dist.config.run import RunConfig
-from skv_dist.config.yaml_file import KeyPath, Lines, parse_value, read_file
+from skv_dist.config.yaml_file import KeyPath, Lines, parse_override, read_file
 from skv_dist.errors import UserError
 
 
@@ -18,7 +18,8 @@ def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         file: a YAML file; its optional top-level ``base`` names files (relative to it) to start from.
-        overrides: ``section.key=value`` strings, the value in YAML; list entries by index (``data.sources.0.path``).
+        overrides: ``section.key=value`` strings, the value as `parse_override` reads it; list entries by index
+            (``data.sources.0.path``).
 
     Raises:
         UserError: naming file and line, key, and the cure where there is one.
@@ -44,10 +45,15 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or "." not in key:
         raise UserError(f"override '{override}' is not of the form section.key=value")
+    if not text.strip():
+        raise UserError(f"override '{override}' has no value: write {key}=null or {key}='\"\"' if you mean so")
     try:
-        value = parse_value(text)
+        value = parse_override(text)
     except yaml.YAMLError as error:
-        raise UserError(f"override '{override}': the value is not valid YAML") from error
+        raise UserError(
+            f"override '{override}': the value is not valid YAML: a quote or bracket is not closed, or something "
+            "follows it"
+        ) from error
     *parents, last = key.split(".")
     container: Any = values
     for depth, name in enumerate(parents, 1):

@@ -123,13 +123,12 @@ class ModelConfig(Section):
     checkpoint."""
 
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Which modules of Megatron-core the layers are made of. The weights are the same, so this may change between two
-    parts of a run.
+    """Which modules of Megatron-core the layers are made of. Their parameters have other names, by which checkpoints
+    and exported models are read: a run goes on, and is evaluated, with the kind that it began with.
 
-    - auto: transformer_engine where it can be imported, else local; local also with train.compile, data.reset_attention
-      and block gemma4, which are made for it.
+    - auto: local.
     - local: PyTorch modules, and attention by scaled_dot_product_attention.
-    - transformer_engine: Transformer Engine, which needs a GPU. Refused where it cannot be imported."""
+    - transformer_engine: Transformer Engine, which needs a GPU. Not tested. Refused where it cannot be imported."""
 
     @property
     def kv_channels(self) -> int:

@@ -16,7 +16,7 @@ class TrainConfig(Section):
     steps: int = Field(gt=0, examples=[200])
     """Number of optimizer steps of the whole run, those before a resume included."""
 
-    seed: int = Field(default=1234, ge=0)
+    seed: int = Field(default=1234, ge=0, lt=2**63)
     """Source of all randomness: initial weights, order of samples, held-out part, route tables and dropout."""
 
     output_dir: str = Field(min_length=1, examples=["runs/tiny"])

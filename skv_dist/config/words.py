@@ -89,5 +89,5 @@ def _bounds(metadata: Sequence[Any]) -> str:
     limits = {name: getattr(bound, name) for bound in metadata for name in _BOUNDS if hasattr(bound, name)}
     if limits.keys() == {"ge", "le"}:
         return f" from {limits['ge']:g} to {limits['le']:g}"
-    phrases = [f"{_BOUNDS[name]} {limit:g}" for name, limit in limits.items()]
+    phrases = [f"{_BOUNDS[name]} {limit if isinstance(limit, int) else f'{limit:g}'}" for name, limit in limits.items()]
     return f" {' and '.join(phrases)}" if phrases else ""

@@ -8,12 +8,19 @@ import yaml
 
 from skv_dist.errors import UserError
 
+_OPENING = ("'", '"', "[", "{")
+
 KeyPath = tuple[str | int, ...]
 Lines = dict[KeyPath, str]  # key path -> "file:line"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of a float, so that 1e-4 is a number, and no repeated keys."""
+    """YAML 1.2's idea of a float, so that 1e-4 is a number, no dates, as no key is one, and no repeated keys."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -32,9 +39,30 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_value(text: str) -> Any:
-    """A value as it would stand behind a key. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+def parse_override(text: str) -> Any:
+    """The value of a command-line override: numbers, booleans, null, quoted text, [lists] and {mappings} as in YAML.
+
+    Any other text is taken as it stands, to the last character: YAML would cut ``a #b`` at the comment, make a mapping
+    of ``a: b`` and an alias of ``*a``.
+
+    Raises:
+        yaml.YAMLError: a quote or bracket is not closed, or something follows it.
+    """
+    stripped = text.strip()
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError:
+        if stripped.startswith(_OPENING):
+            raise
+        return text
+    whole = node is not None and text[node.start_mark.index : node.end_mark.index] == stripped
+    if stripped.startswith(_OPENING):
+        if not whole:
+            raise yaml.YAMLError("something follows the closing quote or bracket")
+        return yaml.load(text, Loader=_Loader)
+    is_word = isinstance(node, yaml.ScalarNode) and whole and not stripped.startswith(("&", "!", "|", ">"))
+    value = yaml.load(text, Loader=_Loader) if is_word else text
+    return text if isinstance(value, str) else value
 
 
 def read_file(file: Path, lines: Lines, ancestors: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -63,7 +91,7 @@ def _parse(file: Path) -> tuple[dict[str, Any], yaml.Node]:
     try:
         text = file.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=_Loader)
-        values = parse_value(text)
+        values = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise UserError(f"cannot read configuration {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

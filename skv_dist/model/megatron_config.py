@@ -36,7 +36,7 @@ def has_transformer_engine() -> bool:
 
 
 def transformer_impl(run: RunConfig) -> str:
-    """``local`` or ``transformer_engine``, with ``auto`` resolved.
+    """``local`` or ``transformer_engine``. ``auto`` is the former everywhere: names of parameters depend on it.
 
     Raises:
         UserError: Transformer Engine is asked for and cannot be used.
@@ -47,11 +47,7 @@ def transformer_impl(run: RunConfig) -> str:
             "model.transformer_impl: transformer_engine, but Transformer Engine cannot be imported here: "
             "install it (it needs a GPU) or set model.transformer_impl=local"
         )
-    if asked != "auto":
-        return asked
-    # Our document mask, our compiled layers and other blocks are made for the local spec.
-    local = run.data.reset_attention or run.train.compile or run.model.block_style.local_only
-    return "transformer_engine" if has_transformer_engine() and not local else "local"
+    return "local" if asked == "auto" else asked
 
 
 def check_device(run: RunConfig) -> None:

@@ -5,7 +5,8 @@ import torch
 
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
-from skv_dist.model.megatron_config import check_device
+from skv_dist.model import megatron_config
+from skv_dist.model.megatron_config import check_device, transformer_impl
 from tests.support.settings import config
 
 
@@ -17,3 +18,18 @@ def test_dropout_that_a_gpu_kernel_would_leave_out_is_refused(monkeypatch: pytes
     with pytest.raises(UserError, match=r"data.reset_attention: true and model.attention_dropout 0.1 .* set model"):
         check_device(run)
     check_device(RunConfig.model_validate(config(model={"attention_dropout": 0.1})))
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_parameters_have_the_same_names_whether_transformer_engine_is_installed_or_not(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr(megatron_config, "has_transformer_engine", lambda: installed)
+    by_default = RunConfig.model_validate(config(model={"transformer_impl": "auto"}))
+    assert transformer_impl(by_default) == "local"
+    by_name = RunConfig.model_validate(config(model={"transformer_impl": "transformer_engine"}))
+    if installed:
+        assert transformer_impl(by_name) == "transformer_engine"
+    else:
+        with pytest.raises(UserError, match=r"cannot be imported here: .* set model.transformer_impl=local"):
+            transformer_impl(by_name)

@@ -1,0 +1,147 @@
+"""Who is taken for lost, and who is not: connections between threads of one process, and a busy process group."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from skv_dist.parallel.processes import lines
+from skv_dist.parallel.processes.lines import Hub, Member
+
+LONG = 120.0  # no test waits so long unless it fails
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "TICK_SECONDS", 0.02)
+    monkeypatch.setattr(lines, "_COLLECT_SECONDS", 0.2)
+
+
+@contextlib.contextmanager
+def world(size: int, patience: float = 1000) -> Iterator[tuple[Hub, list[Member]]]:
+    hub = Hub(size, patience)
+    members = [Member(rank, "127.0.0.1", hub.port, patience) for rank in range(1, size)]
+    for watch in (hub, *members):
+        watch.start()
+    wait_for(lambda: len(hub._lines) == size - 1)
+    yield hub, members
+    for watch in (hub, *members):
+        watch.close(failed=False)
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_all_hear_which_process_was_lost() -> None:
+    with world(4) as (hub, members):
+        members[1]._line.socket.shutdown(socket.SHUT_RDWR)  # as the kernel does for a process that was killed
+        assert hub.lost(LONG) == members[0].lost(LONG) == members[2].lost(LONG) == [2]
+
+
+def test_one_that_fails_by_itself_is_named_and_one_that_has_ended_is_not() -> None:
+    with world(4) as (hub, members):
+        members[0].close(failed=False)
+        members[2].close(failed=True)
+        assert hub.lost(LONG) == members[1].lost(LONG) == [3]
+
+
+def test_processes_that_are_lost_together_are_named_together() -> None:
+    with world(4) as (hub, members), mock.patch.object(lines, "_COLLECT_SECONDS", 2.0):
+        for rank in (2, 3):
+            members[rank - 1].close(failed=True)
+        assert hub.lost(LONG) == members[0].lost(LONG) == [2, 3]
+
+
+def test_rank_0_is_missed_by_the_others() -> None:
+    with world(3) as (hub, members):
+        hub.close(failed=True)
+        assert [member.lost(LONG) for member in members] == [[0], [0]]
+    with world(3) as (hub, members):
+        for line in hub._lines.values():
+            line.socket.shutdown(socket.SHUT_RDWR)
+        assert [member.lost(LONG) for member in members] == [[0], [0]]
+
+
+def test_nobody_is_lost_where_all_end_well() -> None:
+    with world(3) as (hub, members):
+        pass
+    assert [watch.lost(LONG) for watch in (hub, *members)] == [[], [], []]
+
+
+def test_one_that_is_silent_though_its_connection_stands_is_lost_after_a_while() -> None:
+    hub = Hub(2, patience=0.5)
+    silent = socket.create_connection(("127.0.0.1", hub.port))
+    silent.sendall(b"rank 1\n")
+    hub.start()
+    assert hub.lost(LONG) == [1]
+    hub.close(failed=False)
+
+
+def test_a_process_that_lets_no_thread_run_is_not_lost() -> None:
+    """Sorting holds Python's lock from start to end, so that nothing of it ticks: the kernel keeps its connection."""
+    hub = Hub(2, patience=1000)
+    hub.start()
+    busy = (
+        "import random, sys; from skv_dist.parallel.processes import lines; lines.TICK_SECONDS = 0.02\n"
+        f"member = lines.Member(1, '127.0.0.1', {hub.port}, 1000); member.start()\n"
+        "sys.stdin.readline(); numbers = [random.random() for _ in range(300000)]\n"
+        "print('sorting', flush=True); [sorted(numbers) for _ in range(3)]; print('sorted', flush=True)\n"
+        "sys.stdin.readline(); import os; os._exit(1)"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", busy], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        wait_for(lambda: hub.ticks[1] > 1)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "sorting\n"
+        assert process.stdout.readline() == "sorted\n"
+        assert hub.lost(0) == []
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert hub.lost(LONG) == [1]  # killed, it is lost at once, long before anyone's patience ends
+    hub.close(failed=False)
+
+
+def blocked_in_the_store(seconds: float) -> int:
+    """Ticks that rank 0 hears of rank 1 while rank 1 waits for a key, as NCCL does when it makes a communicator."""
+    import torch.distributed as dist
+
+    from skv_dist.config.parallel import ParallelConfig
+    from skv_dist.parallel.processes.heartbeat import Heartbeat
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    store = dist.distributed_c10d._get_default_store()
+    with mock.patch.object(lines, "TICK_SECONDS", 0.02):
+        heartbeat = Heartbeat(ParallelConfig())
+        dist.barrier()
+        heard = 0
+        if dist.get_rank() == 0:
+            assert isinstance(heartbeat.watch, Hub)
+            store.get("rank 1 waits")
+            before, deadline = heartbeat.watch.ticks[1], time.monotonic() + seconds
+            while (heard := heartbeat.watch.ticks[1] - before) < 20 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            store.set("go on", "")
+        else:
+            store.set("rank 1 waits", "")
+            store.get("go on")
+        dist.barrier()
+        heartbeat.stop(failed=False)
+        return heard
+
+
+def test_ticks_go_on_while_the_groups_store_is_blocked(workers: Any) -> None:
+    assert workers(2)(blocked_in_the_store, 60.0)[0] >= 20
