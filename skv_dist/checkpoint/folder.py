@@ -6,8 +6,7 @@ size and SHA-256 of every other file. A folder is written under a hidden name an
 ``checkpoints/latest`` names the newest.
 
 Trust: whoever can write a checkpoint can choose what a run computes, but not what it executes. The manifest finds
-damage, not forgery. Tensors are read with ``weights_only``, the one pickle that the format has (``.metadata``) with an
-unpickler that knows its classes only.
+damage, not forgery; `skv_dist.checkpoint.metadata` says how tensors are read.
 """
 
 import hashlib

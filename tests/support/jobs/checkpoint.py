@@ -36,3 +36,13 @@ def run_on_a_full_disk(settings: dict[str, Any], step: int) -> tuple[list[dict[s
 
     with mock.patch.object(save, "write_tensors", wrong):
         return run_and_print(settings)
+
+
+def read_frozen(settings: dict[str, Any], source: str) -> None:
+    """Load the weights alone, as `skv-eval` does."""
+    from pathlib import Path
+
+    from skv_dist.checkpoint.frozen_model import frozen_model
+
+    with built(settings) as (run, world):
+        frozen_model(run, Path(source), world)
