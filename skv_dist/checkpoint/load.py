@@ -19,16 +19,20 @@ def verify_everywhere(folder: Path, group: dist.ProcessGroup | None = None) -> N
     """`folder.verify` with the files shared out over the ranks. Collective.
 
     Raises:
-        UserError: on all ranks alike.
+        UserError: some rank cannot read a file; on all ranks alike.
+        DamagedError: the folder is damaged; on all ranks alike.
     """
-    error = None
+    damage = error = None
     try:
         files.verify(folder, dist.get_rank(group), dist.get_world_size(group))
-    except (UserError, OSError) as problem:
+    except files.DamagedError as problem:
+        damage = str(problem)
+    except UserError as problem:
         error = str(problem)
-    agreed = first_error(error, group)
-    if agreed is not None:
+    if (agreed := first_error(error, group)) is not None:
         raise UserError(agreed)
+    if (agreed := first_error(damage, group)) is not None:
+        raise files.DamagedError(agreed)
 
 
 def load_checkpoint(engine: Engine, run: RunConfig, folder: Path, *, weights_only: bool) -> None:

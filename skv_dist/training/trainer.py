@@ -84,7 +84,7 @@ class Trainer:
                 work = next(coming, None)
                 while work and not self.stopped_by:
                     began = time.perf_counter()
-                    launched = self.launch(work, bool(asked))
+                    launched = self.launch(work, bool(asked) or any(callback.stop_reason for callback in callbacks))
                     try:
                         work = next(coming, None)  # while the device is busy
                     finally:  # whatever is wrong with the next batch, this step is recorded and saved
