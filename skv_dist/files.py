@@ -38,8 +38,12 @@ def sync_folder(folder: Path) -> None:
 def replace_text(file: Path, text: str) -> None:
     """Put ``text`` in the place of ``file``'s content. A reader, or a crash, sees the old or the new, never a part."""
     unfinished = unfinished_path(file)
-    write_synced(unfinished, text)
-    os.replace(unfinished, file)
+    try:
+        write_synced(unfinished, text)
+        os.replace(unfinished, file)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
     sync_folder(file.parent)
 
 

@@ -3,13 +3,16 @@
 ``checkpoints/step_00000100/`` holds DCP's ``.metadata`` and ``__RANK_N.distcp`` (tensors), ``metadata.json``
 (Megatron's mark of the format), ``state.json`` (the rest of the run's state), ``config.yaml``, and ``manifest.json``:
 size and SHA-256 of every other file. A folder is written under a hidden name and renamed once all of it is on disk;
-``checkpoints/latest`` names the newest.
+``checkpoints/latest`` names the newest. Files that the manifest does not know, such as ``.DS_Store``, are ignored.
+
+The checkpoints in ``checkpoints`` are those of one line of training, so a higher step is a later one. Where a run goes
+on from an earlier step, the later ones go to ``checkpoints/superseded`` first: nothing deletes them but their owner.
 
 Trust: whoever can write a checkpoint can choose what a run computes, but not what it executes. The manifest finds
-damage, not forgery. Tensors are read with ``weights_only``, the one pickle that the format has (``.metadata``) with an
-unpickler that knows its classes only.
+damage, not forgery; `skv_dist.checkpoint.metadata` says how tensors are read.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +31,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG = "config.yaml"
 LATEST = "latest"
+SUPERSEDED = "superseded"
 # What megatron.core.dist_checkpointing looks for in a folder of this format.
 _MEGATRON = {
     "sharded_backend": "torch_dist",
@@ -37,6 +41,10 @@ _MEGATRON = {
 }
 _NAME = re.compile(r"step_(\d{8})")
 _DELETING = ".deleting"
+
+
+class DamagedError(UserError):
+    """The content of a checkpoint is not what was written. An error of the file system is none of these."""
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -51,10 +59,24 @@ def step_of(folder: Path) -> int:
 
 
 def existing(root: Path) -> list[Path]:
-    """Complete checkpoints under ``root``, newest first."""
-    if not root.is_dir():
+    """Complete checkpoints under ``root``, newest first.
+
+    Raises:
+        UserError: ``root`` cannot be read, or ``latest`` says that checkpoints are missing.
+    """
+    try:
+        names = sorted((path.name for path in root.iterdir()), reverse=True)
+    except FileNotFoundError:
         return []
-    return sorted((path for path in root.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+    except OSError as error:
+        raise UserError(f"{root} cannot be read: {error.strerror}") from error
+    complete = [root / name for name in names if _NAME.fullmatch(name)]
+    if not complete and LATEST in names:
+        raise UserError(
+            f"{root / LATEST} names a checkpoint, but {root} holds none: bring the checkpoints back, or remove that "
+            "file to start afresh"
+        )
+    return complete
 
 
 def clean(root: Path) -> None:
@@ -85,14 +107,55 @@ def seal(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def publish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make the unfinished form of ``folder`` visible: manifest, rename, ``latest`` last."""
+    """Make the unfinished form of ``folder`` visible: manifest, rename, ``latest`` last.
+
+    Raises:
+        OSError: a file cannot be written, or is not whole where this process looks for it.
+    """
     unfinished = unfinished_path(folder)
+    for name, entry in manifest.items():  # written by other processes, perhaps on other hosts
+        if (unfinished / name).stat().st_size != entry["bytes"]:
+            raise OSError(errno.EIO, f"{name} is not whole on this host")
     seal(unfinished, manifest)
-    if folder.exists():  # a damaged one of the same step, passed over at resume
+    latest = folder.parent / LATEST
+    write_synced(unfinished_path(latest), folder.name + "\n")  # before the renames, which need no space
+    if folder.exists():  # written by this run before, but reported as a failure
         _delete(folder)
     os.rename(unfinished, folder)
+    os.replace(unfinished_path(latest), latest)
     sync_folder(folder.parent)
-    replace_text(folder.parent / LATEST, folder.name + "\n")
+
+
+def supersede(root: Path, start: Path | None, beside: Path) -> list[Path]:
+    """Move the checkpoints that do not lead to ``start`` into a new folder under ``superseded``; their new places.
+
+    These are the later ones, and all of them where ``start`` lies elsewhere or is None. A copy of the file ``beside``
+    (the metrics) goes with them.
+
+    Raises:
+        UserError: they cannot be moved.
+    """
+    inside = start is not None and start.resolve().parent == root.resolve()
+    others = [folder for folder in existing(root) if not (inside and start and folder.name <= start.name)]
+    if not others:
+        return []
+    try:
+        parent = root / SUPERSEDED
+        parent.mkdir(exist_ok=True)
+        number = max((int(path.name) for path in parent.iterdir() if path.name.isdigit()), default=0) + 1
+        target = parent / str(number)
+        target.mkdir()
+        if beside.exists():
+            shutil.copyfile(beside, target / beside.name)
+        for folder in others:  # the latest first: whatever interrupts this leaves one line of training
+            os.rename(folder, target / folder.name)
+        if inside and start:
+            replace_text(root / LATEST, start.name + "\n")
+        else:
+            (root / LATEST).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"checkpoints in {root} cannot be moved to {SUPERSEDED}: {error.strerror}") from error
+    return [target / folder.name for folder in others]
 
 
 def _delete(folder: Path) -> None:
@@ -118,47 +181,61 @@ def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[Pat
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError where ``folder`` is no complete checkpoint."""
+    """Raises UserError where ``folder`` cannot be read; DamagedError where it is no complete checkpoint."""
     if not folder.is_dir():
         raise UserError(f"checkpoint {folder} does not exist")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if not all(isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in manifest.values()):
-            raise ValueError
+        for name, entry in manifest.items():
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str) or Path(name).name != name:
+                raise ValueError
+    except FileNotFoundError as error:
+        raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} is missing") from error
     except OSError as error:
-        raise UserError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be read ({error.strerror})") from error
+        raise _unreadable(folder / MANIFEST, error) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"checkpoint {folder} is damaged: {MANIFEST} is not what was written") from error
+        raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} is not what was written") from error
     return dict(manifest)
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{file} cannot be read: {error.strerror or error}; start again once it can")
 
 
 def verify(folder: Path, share: int = 0, shares: int = 1) -> None:
     """Check this share of the files against the manifest.
 
     Raises:
-        UserError: naming the first file that is missing, cut short, changed, or not of this checkpoint.
+        DamagedError: naming the first file that is missing, cut short or changed.
+        UserError: a file cannot be read.
     """
     manifest = read_manifest(folder)
-    extra = sorted({path.name for path in folder.iterdir()} - set(manifest) - {MANIFEST})
-    if extra:
-        raise UserError(f"checkpoint {folder} is damaged: it holds {extra[0]}, which its manifest does not know")
     for name in sorted(manifest)[share::shares]:
         file, entry = folder / name, manifest[name]
-        if not file.is_file():
-            raise UserError(f"checkpoint {folder} is damaged: {name} is missing")
-        size = file.stat().st_size
-        if size != entry["bytes"]:
-            raise UserError(f"checkpoint {folder} is damaged: {name} has {size} bytes instead of {entry['bytes']}")
-        if digest(file) != entry:
-            raise UserError(f"checkpoint {folder} is damaged: the content of {name} has changed")
+        try:
+            size = file.stat().st_size
+            if size != entry["bytes"]:
+                raise DamagedError(
+                    f"checkpoint {folder} is damaged: {name} has {size} bytes instead of {entry['bytes']}"
+                )
+            if digest(file) != entry:
+                raise DamagedError(f"checkpoint {folder} is damaged: the content of {name} has changed")
+        except FileNotFoundError as error:
+            raise DamagedError(f"checkpoint {folder} is damaged: {name} is missing") from error
+        except OSError as error:
+            raise _unreadable(file, error) from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """``state.json``. Raises UserError where it cannot be read."""
+    """``state.json``. Raises UserError where it cannot be read; DamagedError where it is not what was written."""
     try:
         return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"checkpoint {folder} is damaged: {STATE} cannot be read") from error
+    except FileNotFoundError as error:
+        raise DamagedError(f"checkpoint {folder} is damaged: {STATE} is missing") from error
+    except OSError as error:
+        raise _unreadable(folder / STATE, error) from error
+    except (ValueError, TypeError) as error:
+        raise DamagedError(f"checkpoint {folder} is damaged: {STATE} is not what was written") from error
 
 
 def read_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.metadata import SafeReader
+from skv_dist.checkpoint.metadata import SafeReader, read_into
 from skv_dist.checkpoint.shards import empty_shards, restore
 from skv_dist.config.run import RunConfig
-from skv_dist.errors import UserError, cause_in_one_line
+from skv_dist.errors import UserError
 from skv_dist.parallel.engines.base import Engine, Quantity
 from skv_dist.parallel.processes.agree import first_error
 
@@ -20,16 +19,20 @@ def verify_everywhere(folder: Path, group: dist.ProcessGroup | None = None) -> N
     """`folder.verify` with the files shared out over the ranks. Collective.
 
     Raises:
-        UserError: on all ranks alike.
+        UserError: some rank cannot read a file; on all ranks alike.
+        DamagedError: the folder is damaged; on all ranks alike.
     """
-    error = None
+    damage = error = None
     try:
         files.verify(folder, dist.get_rank(group), dist.get_world_size(group))
-    except (UserError, OSError) as problem:
+    except files.DamagedError as problem:
+        damage = str(problem)
+    except UserError as problem:
         error = str(problem)
-    agreed = first_error(error, group)
-    if agreed is not None:
+    if (agreed := first_error(error, group)) is not None:
         raise UserError(agreed)
+    if (agreed := first_error(damage, group)) is not None:
+        raise files.DamagedError(agreed)
 
 
 def load_checkpoint(engine: Engine, run: RunConfig, folder: Path, *, weights_only: bool) -> None:
@@ -46,11 +49,9 @@ def load_checkpoint(engine: Engine, run: RunConfig, folder: Path, *, weights_onl
     shards = empty_shards(engine, run, quantities)
     error = None
     try:
-        dcp.load(dict(shards), storage_reader=SafeReader(folder), no_dist=True)
+        read_into(folder, shards)
     except UserError as problem:
         error = str(problem)
-    except Exception as problem:  # DCP wraps what it meets in classes of its own
-        error = f"checkpoint {folder} does not fit this model, or is damaged: {cause_in_one_line(problem)}"
     agreed = first_error(error)
     if agreed is not None:
         raise UserError(agreed)
@@ -65,17 +66,17 @@ def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the folder is damaged.
     """
-    reader = SafeReader(folder)
-    metadata = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.zeros(metadata[name].size) for name in names}  # type: ignore[union-attr]
-    try:
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
-    except Exception as error:
-        raise UserError(f"checkpoint {folder} is damaged: {cause_in_one_line(error)}") from error
+    shapes = tensor_shapes(folder)
+    tensors = {name: torch.zeros(shapes[name]) for name in names}
+    read_into(folder, tensors)
     return tensors
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a checkpoint."""
+    """Names and shapes of all tensors of a checkpoint.
+
+    Raises:
+        UserError: ``.metadata`` is damaged or refused.
+    """
     entries = SafeReader(folder).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in entries.items()}  # type: ignore[union-attr]

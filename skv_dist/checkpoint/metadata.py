@@ -1,13 +1,25 @@
-"""Reading DCP's ``.metadata``, the one pickle of a checkpoint, with an unpickler that knows its classes only."""
+"""Reading DCP's format so that nothing in a checkpoint is executed.
 
+DCP unpickles in three places. ``.metadata`` is read here by an unpickler that knows the format's classes only. Values
+that ``.metadata`` calls bytes would be unpickled without any restriction: a checkpoint has none, so they are refused,
+before anything is loaded and again by the planner that would be asked to. Tensors are read with ``weights_only``.
+"""
+
+import io
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 
-from skv_dist.errors import UserError
+from skv_dist.checkpoint import folder as files
+from skv_dist.errors import UserError, cause_in_one_line
 
 _DCP = "torch.distributed.checkpoint"
 _CLASSES = {
@@ -47,8 +59,66 @@ class SafeReader(dcp.FileSystemReader):
                 metadata = _MetadataUnpickler(stream).load()
             if not isinstance(metadata, Metadata):
                 raise pickle.UnpicklingError("it is not the metadata of a checkpoint")
+            self._check(metadata)
+        except UserError:
+            raise
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from error
         except Exception as error:  # damaged pickles raise almost anything
             raise UserError(f"checkpoint {self.path} is damaged: .metadata cannot be read ({error})") from error
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def _check(self, metadata: Metadata) -> None:
+        """Refuse whatever is not a plain tensor in a file that the manifest covers."""
+        for name, entry in metadata.state_dict_metadata.items():
+            if type(entry) is not TensorStorageMetadata:
+                raise UserError(
+                    f"checkpoint {self.path} is refused: .metadata calls {name!r} bytes, which torch would execute; "
+                    "a checkpoint holds tensors only: do not use this one"
+                )
+        sealed = files.read_manifest(Path(self.path))
+        for index, place in (metadata.storage_data or {}).items():
+            if place.relative_path not in sealed or getattr(place, "transform_descriptors", None):
+                raise UserError(
+                    f"checkpoint {self.path} is refused: .metadata looks for {index.fqn!r} in {place.relative_path!r}, "
+                    f"which is no plain file of its {files.MANIFEST}: do not use this one"
+                )
+
+
+class _TensorPlanner(DefaultLoadPlanner):
+    """DCP's planner, with its unrestricted unpickling of bytes taken out."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise UserError(f"{read_item.dest_index.fqn!r} is stored as bytes, which are not read")
+
+
+# DCP reports what went wrong on any rank by a class that is no Exception.
+DCP_ERRORS = (Exception, CheckpointException)
+
+
+def cause_of(problem: BaseException) -> BaseException:
+    """The first error of any rank behind ``problem``, out of DCP's wrapping."""
+    if isinstance(problem, CheckpointException) and problem.failures:
+        return cause_of(problem.failures[min(problem.failures)][0])
+    return problem
+
+
+def read_into(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill ``tensors`` from ``folder``: the only way in which tensors of a checkpoint are read.
+
+    Raises:
+        UserError: the folder is damaged, does not hold them with their shapes, or is refused.
+    """
+    try:
+        dcp.load(dict(tensors), storage_reader=SafeReader(folder), planner=_TensorPlanner(), no_dist=True)
+    except DCP_ERRORS as problem:
+        cause = cause_of(problem)
+        if isinstance(cause, UserError):
+            raise cause from problem
+        if isinstance(cause, OSError):
+            raise UserError(f"checkpoint {folder} cannot be read: {cause_in_one_line(cause)}") from problem
+        raise UserError(
+            f"checkpoint {folder} does not fit this model, or is damaged: {cause_in_one_line(cause)}"
+        ) from problem

@@ -10,6 +10,7 @@ from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.load import verify_everywhere
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
+from skv_dist.parallel.processes.agree import first_error
 
 # Keys that may change between one part of a run and the next without making it another run.
 _FREE = {
@@ -18,6 +19,13 @@ _FREE = {
     "data.cache_dir",
     "data.prepare_workers",
     "data.prefetch_steps",
+}
+# Keys of the model that change nothing of what its weights compute.
+_FREE_FOR_WEIGHTS = {
+    "model.max_position_embeddings",
+    "model.attention_dropout",
+    "model.hidden_dropout",
+    "model.init_std",
 }
 _BOUND_SECTIONS = ("model", "routing", "data", "optimizer")
 _BOUND_TRAIN = ("steps", "seed", "global_batch_size", "micro_batch_size", "precision")
@@ -39,19 +47,22 @@ def _bound(run: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in bound.items() if key not in _FREE}
 
 
+def _differences(before: dict[str, Any], now: dict[str, Any], allowed: set[str]) -> list[str]:
+    return [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in allowed
+    ]
+
+
 def check_same_run(run: RunConfig, folder: Path, fingerprint: str) -> None:
     """Refuse to go on with another model, other data or another method.
 
     Raises:
         UserError: naming the keys that differ and are not in ``checkpoint.allow_changed``.
     """
-    before, now = _bound(files.read_config(folder)), _bound(run)
     allowed = set(run.checkpoint.allow_changed)
-    changed = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in allowed
-    ]
+    changed = _differences(_bound(files.read_config(folder)), _bound(run), allowed)
     if files.read_state(folder)["tokenizer"] != fingerprint and "data.tokenizer" not in allowed:
         changed.append("the content of data.tokenizer has changed")
     if changed:
@@ -61,32 +72,115 @@ def check_same_run(run: RunConfig, folder: Path, fingerprint: str) -> None:
         )
 
 
-def choose(run: RunConfig, root: Path, fingerprint: str) -> Path | None:
-    """The checkpoint to go on from; None to start afresh. Collective.
-
-    With ``auto`` a damaged one is named and passed over for the one before. A path must be whole.
+def check_same_model(run: RunConfig, folder: Path, fingerprint: str) -> None:
+    """Refuse to begin with weights that were made for another model or other tokens (``checkpoint.init_from``).
 
     Raises:
-        UserError: it is damaged, or belongs to another run.
+        UserError: naming the keys that differ and are not in ``checkpoint.allow_changed``.
     """
-    resume = run.checkpoint.resume
-    if resume == "never":
+
+    def shape(config: RunConfig) -> dict[str, Any]:
+        values = _flat(config.model.model_dump(mode="json"), "model")
+        return {key: value for key, value in values if key not in _FREE | _FREE_FOR_WEIGHTS}
+
+    allowed = set(run.checkpoint.allow_changed)
+    changed = _differences(shape(files.read_config(folder)), shape(run), allowed)
+    if files.read_state(folder)["tokenizer"] != fingerprint and "data.tokenizer" not in allowed:
+        changed.append(f"data.tokenizer '{run.data.tokenizer}' is not the tokenizer that it was trained with")
+    if changed:
+        raise UserError(
+            f"checkpoint.init_from {folder} holds another model: {'; '.join(changed)}; take the keys from its "
+            f"{files.CONFIG}, or name them in checkpoint.allow_changed"
+        )
+
+
+def checked_weights(run: RunConfig, fingerprint: str) -> Path | None:
+    """The checkpoint whose weights the run begins with (``checkpoint.init_from``), whole and fitting. Collective.
+
+    Raises:
+        UserError: it is damaged, or holds another model.
+    """
+    if run.checkpoint.init_from is None:
         return None
-    if resume != "auto":
-        folder = Path(resume).expanduser()
-        files.step_of(folder)
-        verify_everywhere(folder)
-        check_same_run(run, folder, fingerprint)
-        return folder
-    names = [[path.name for path in files.existing(root)]]
-    dist.broadcast_object_list(names)
-    for folder in (root / name for name in names[0]):
+    folder = Path(run.checkpoint.init_from).expanduser()
+    verify_everywhere(folder)
+    check_same_model(run, folder, fingerprint)
+    return folder
+
+
+def named_start(run: RunConfig) -> Path | None:
+    """The checkpoint that ``checkpoint.resume`` names, if it names one."""
+    resume = run.checkpoint.resume
+    return None if resume in ("auto", "never") else Path(resume).expanduser().resolve()
+
+
+def roll_backs(run: RunConfig, start: Path | None) -> list[str]:
+    """What ``state.json`` keeps as ``roll_backs``: the checkpoints that ``resume`` named on the way to here, in order.
+
+    With it a run that is started again with the same ``checkpoint.resume`` knows what it has written since.
+    """
+    before: list[str] = [] if start is None else files.read_state(start).get("roll_backs", [])
+    asked = named_start(run)
+    return before if asked is None or str(asked) in before else [*before, str(asked)]
+
+
+def choose(run: RunConfig, root: Path, fingerprint: str) -> Path | None:
+    """The checkpoint to go on from; None to start afresh. Nothing on disk is changed. Collective.
+
+    With ``auto`` a damaged one is named and passed over for the one before. A path must be whole; where this run has
+    checkpoints of its own that came after it, it goes on from the newest of them.
+
+    Raises:
+        UserError: there are checkpoints and all are damaged, or one cannot be read, or it belongs to another run.
+    """
+    if run.checkpoint.resume == "never":
+        return None
+    asked = named_start(run)
+    candidates = _candidates(root, asked)
+    if asked is not None:
+        files.step_of(asked)
+        candidates.append(asked)
+    damaged: list[str] = []
+    for folder in candidates:
         try:
             verify_everywhere(folder)
-        except UserError as error:
-            if dist.get_rank() == 0:
+        except files.DamagedError as error:
+            damaged.append(str(error))
+            if dist.get_rank() == 0 and len(candidates) > 1:
                 print(f"{error}; trying the one before", flush=True)
             continue
         check_same_run(run, folder, fingerprint)
+        if asked not in (None, folder) and dist.get_rank() == 0:
+            print(f"{folder} was written after {asked}; to go back to that once more, move it away", flush=True)
         return folder
+    if asked is not None and len(damaged) == 1:
+        raise UserError(damaged[0])
+    if damaged:
+        raise UserError(
+            f"no checkpoint in {root} can be used: {'; '.join(damaged)}; nothing was changed: bring one back, or begin "
+            "afresh in a new train.output_dir"
+        )
     return None
+
+
+def _candidates(root: Path, asked: Path | None) -> list[Path]:
+    """This run's own checkpoints, newest first; where one is asked for, those that came after it. Collective."""
+    names: list[str] = []
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            names = [path.name for path in files.existing(root) if asked is None or _came_after(path, asked)]
+        except UserError as problem:
+            error = str(problem)
+    if (agreed := first_error(error)) is not None:
+        raise UserError(agreed)
+    shared = [names]
+    dist.broadcast_object_list(shared)
+    return [root / name for name in shared[0]]
+
+
+def _came_after(folder: Path, asked: Path) -> bool:
+    try:
+        return str(asked) in files.read_state(folder).get("roll_backs", [])
+    except files.DamagedError:
+        return False

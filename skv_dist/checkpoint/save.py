@@ -1,5 +1,6 @@
 """Writing checkpoints while training goes on."""
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,13 +11,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.metadata import DCP_ERRORS, cause_of
 from skv_dist.checkpoint.shards import Shards, snapshot
 from skv_dist.config.load import dump_config
 from skv_dist.config.run import RunConfig
-from skv_dist.errors import cause_in_one_line
+from skv_dist.errors import UserError, cause_in_one_line
 from skv_dist.files import unfinished_path, write_synced
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.agree import first_error
+
+_LONGEST_WAIT = 300.0  # seconds for a save under way before a run ends with an error
 
 
 class Saver:
@@ -34,18 +38,19 @@ class Saver:
         self._rank = dist.get_rank()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="skv-checkpoint")
         self._pending: Future[None] | None = None
-        self.saved_step: int | None = None  # of the last save that was begun
+        self.saved_step: int | None = None  # of the last checkpoint that is whole on disk
+        self.failure: str | None = None  # of the last save, where it did not succeed
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Begin a checkpoint of ``step``; wait for the one before. Collective.
 
-        A failure to write is reported and does not end the run; the checkpoint before stays.
+        A failure to write is reported and does not end the run; the checkpoint before stays, `failure` says why, and
+        nothing half written is left.
 
         Args:
             state: what ``state.json`` keeps beside what the engine knows.
         """
         self.wait()
-        self.saved_step = step
         self._engine.prepare_moments()
         shards = snapshot(self._engine, self._run)
         full_state = {**state, "updates": self._engine.num_updates, "vocab_size": self._run.vocab_size}
@@ -53,11 +58,22 @@ class Saver:
         if not self._run.checkpoint.async_save:
             self.wait()
 
-    def wait(self) -> None:
-        """Until the save that was begun is done."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the save that was begun is done, or for so many seconds."""
+        if self._pending is None:
+            return
+        try:
+            self._pending.result(seconds)
+        except TimeoutError:
+            return
+        self._pending = None
+
+    def finish_pending(self) -> None:
+        """Give the save that was begun some time to end, where the run ends with an error."""
         if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+            print(f"rank {self._rank} waits for the checkpoint that is being written", flush=True)
+            with contextlib.suppress(Exception):  # the run ends with another error already
+                self.wait(_LONGEST_WAIT)
 
     def close(self) -> None:
         self.wait()
@@ -76,13 +92,16 @@ class Saver:
         for act in acts:
             try:
                 act()
-            except Exception as problem:  # a full disk shows in many classes, DCP's among them
-                error = cause_in_one_line(problem)
+            except DCP_ERRORS as problem:  # a full disk shows in many classes
+                error = cause_in_one_line(cause_of(problem))
             error = first_error(error, self._group)
             if error is not None:
                 break
+        self.failure = None if error is None else f"checkpoint {folder} could not be written ({error})"
+        if error is None:
+            self.saved_step = step
         if self._rank == 0:
-            self._report(step, folder, error)
+            self._report(step, folder)
 
     def _begin(self, folder: Path, state: dict[str, Any]) -> None:
         if self._rank == 0:
@@ -103,15 +122,19 @@ class Saver:
                 {path.name: files.digest(path) for path in unfinished.iterdir() if path.name not in manifest}
             )
             files.publish(folder, manifest)
-            files.prune(self._root, self._run.checkpoint.keep_last, self._run.checkpoint.keep_every)
 
-    @staticmethod
-    def _report(step: int, folder: Path, error: str | None) -> None:
-        if error is None:
-            print(f"saved {folder}", flush=True)
-        else:
+    def _report(self, step: int, folder: Path) -> None:
+        if self.failure is not None:
             shutil.rmtree(unfinished_path(folder), ignore_errors=True)
-            print(f"step {step}: checkpoint {folder} could not be written ({error}); going on without", flush=True)
+            with contextlib.suppress(OSError):
+                unfinished_path(self._root / files.LATEST).unlink()
+            print(f"step {step}: {self.failure}; going on without", flush=True)
+            return
+        print(f"saved {folder}", flush=True)
+        try:
+            files.prune(self._root, self._run.checkpoint.keep_last, self._run.checkpoint.keep_every)
+        except (OSError, UserError) as problem:
+            print(f"old checkpoints in {self._root} could not be deleted: {problem}", flush=True)
 
 
 def write_tensors(folder: Path, shards: dict[str, Shards], group: dist.ProcessGroup) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.load import load_config
 from skv_dist.config.run import Derived, RunConfig, derive
+from skv_dist.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
     from skv_dist.checkpoint.save import Saver
@@ -75,29 +76,56 @@ def train(run: RunConfig) -> None:
 def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World") -> None:
     import torch.distributed as dist
 
-    from skv_dist.checkpoint import resume
-    from skv_dist.checkpoint.folder import clean
-    from skv_dist.checkpoint.save import Saver
     from skv_dist.data.open import open_data
+    from skv_dist.parallel.processes.agree import first_error
+    from skv_dist.training import output_folder
+    from skv_dist.training.lock import FolderLock
+
+    out = output_folder.folder_of(run)
+    samples, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
+    error = None
+    if world.is_first:
+        try:
+            output_folder.claim(out, run.checkpoint.resume)
+        except UserError as problem:
+            error = str(problem)
+    if (agreed := first_error(error)) is not None:
+        raise UserError(agreed)
+    lock = FolderLock(out)
+    try:
+        _train_in_folder(run, derived, tokenizer, world, samples, validation)
+    finally:
+        lock.release()
+
+
+def _train_in_folder(
+    run: RunConfig,
+    derived: Derived,
+    tokenizer: "Tokenizer",
+    world: "World",
+    samples: "Samples",
+    validation: "Samples | None",
+) -> None:
+    from skv_dist.checkpoint import resume
+    from skv_dist.checkpoint.save import Saver
     from skv_dist.parallel.engines.create import create_engine
     from skv_dist.training import output_folder
     from skv_dist.training.trainer import Trainer
     from skv_dist.versions import software
 
-    out = Path(run.train.output_dir)
+    out = output_folder.folder_of(run)
     checkpoints = out / output_folder.CHECKPOINTS
-    samples, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
-    if world.is_first:
-        output_folder.claim(out, run.checkpoint.resume)
-        clean(checkpoints)
     start = resume.choose(run, checkpoints, tokenizer.fingerprint())
+    begin_with = None if start is not None else resume.checked_weights(run, tokenizer.fingerprint())
     trainer = Trainer(run, derived, world, create_engine(run, world.device), samples)
-    _restore(trainer, start)
+    _restore(trainer, start, begin_with)
+    roll_backs = resume.roll_backs(run, start)
     saver = Saver(trainer.engine, run, checkpoints)
 
     def state() -> dict[str, Any]:
         return {
             **trainer.state(),
+            "roll_backs": roll_backs,
             "tokenizer": tokenizer.fingerprint(),
             "software": software(),
             "layout": run.parallel.model_dump(mode="json"),
@@ -106,30 +134,52 @@ def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", wo
 
     callbacks = _callbacks(trainer, saver, state, validation)
     if world.is_first:
-        output_folder.begin(out, run, trainer.step)
+        output_folder.begin(out, run, trainer.step, start)
         _announce(trainer, start)
     first_step = trainer.step
-    trainer.fit(callbacks)
+    try:
+        trainer.fit(callbacks)
+    except UserError:
+        saver.finish_pending()
+        raise
+    saver.wait()
     if run.checkpoint.at_end and trainer.step not in (first_step, saver.saved_step):
         saver.save(trainer.step, state())
     saver.close()
     trainer.engine.close()
-    if trainer.stopped_by and world.is_first:
+    _report_end(trainer, saver, callbacks, start)
+
+
+def _report_end(trainer: "Trainer", saver: "Saver", callbacks: list["Callback"], start: Path | None) -> None:
+    """How the run ended.
+
+    Raises:
+        UserError: something of it is not on disk.
+    """
+    from skv_dist.parallel.processes.agree import first_error
+
+    lost = first_error(next((callback.stop_reason for callback in callbacks if callback.stop_reason), None))
+    problems = [] if lost is None else [f"{lost}; the run was ended after step {trainer.step}"]
+    if saver.failure is not None:
+        last = f"step {saver.saved_step}" if saver.saved_step is not None else start or "the start"
+        problems.append(f"{saver.failure}: what was trained after {last} is lost")
+    if problems:
+        raise UserError(f"{'; '.join(problems)}; mend that and start the run again")
+    if trainer.stopped_by and trainer.world.is_first:
         print(f"stopped by {trainer.stopped_by} after step {trainer.step}", flush=True)
 
 
-def _restore(trainer: "Trainer", start: Path | None) -> None:
-    """Go on from the checkpoint ``start``, or else begin with the weights of ``checkpoint.init_from``, if any."""
+def _restore(trainer: "Trainer", start: Path | None, begin_with: Path | None) -> None:
+    """Go on from the checkpoint ``start``, or else begin with the weights of ``begin_with``, if any."""
     from skv_dist.checkpoint.folder import read_state
-    from skv_dist.checkpoint.load import load_checkpoint, verify_everywhere
+    from skv_dist.checkpoint.load import load_checkpoint
 
     run, engine = trainer.run, trainer.engine
     if start is not None:
         load_checkpoint(engine, run, start, weights_only=False)
         trainer.restore(read_state(start))
-    elif run.checkpoint.init_from is not None:
-        verify_everywhere(Path(run.checkpoint.init_from))
-        load_checkpoint(engine, run, Path(run.checkpoint.init_from), weights_only=True)
+    elif begin_with is not None:
+        load_checkpoint(engine, run, begin_with, weights_only=True)
 
 
 def _callbacks(
@@ -138,7 +188,7 @@ def _callbacks(
     """In the order in which they see a step: what measures, what saves, and on the first rank what records."""
     from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
     from skv_dist.training.callbacks import Callback, Checkpoints, Console, Evaluation, JsonLines, TensorBoard
-    from skv_dist.training.output_folder import METRICS, TENSORBOARD
+    from skv_dist.training.output_folder import METRICS, TENSORBOARD, folder_of
 
     run, world, engine = trainer.run, trainer.world, trainer.engine
     callbacks: list[Callback] = []
@@ -147,7 +197,7 @@ def _callbacks(
         callbacks.append(Evaluation(lambda: sweep(engine, run, batches, plans), run.eval.every, run.train.steps))
     callbacks.append(Checkpoints(saver, run.checkpoint.every, state))
     if world.is_first:
-        out = Path(run.train.output_dir)
+        out = folder_of(run)
         callbacks.append(JsonLines(out / METRICS))
         if run.train.tensorboard:
             callbacks.append(TensorBoard(out / TENSORBOARD))

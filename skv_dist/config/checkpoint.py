@@ -14,7 +14,7 @@ class CheckpointConfig(Section):
 
     at_end: bool = True
     """Whether a checkpoint is written when training ends. That is after the last step, or after the step in which
-    SIGTERM came."""
+    SIGTERM came. If it cannot be written, the run ends with an error."""
 
     keep_last: int | None = Field(default=2, gt=0)
     """How many of the newest checkpoints are kept. Older ones are deleted once a new one is complete. null: all are
@@ -27,9 +27,11 @@ class CheckpointConfig(Section):
     """What the run goes on from: auto, never, or the folder of a checkpoint.
 
     - auto: the newest complete checkpoint in train.output_dir, or the start if there is none. A damaged one is named
-      and passed over.
+      and passed over; if all are damaged, the run does not start.
     - never: the start. A train.output_dir that holds a run is refused.
-    - a folder, such as runs/one/checkpoints/step_00000100: this checkpoint, which must be whole."""
+    - a folder, such as runs/one/checkpoints/step_00000100: this checkpoint, which must be whole. Checkpoints in
+      train.output_dir that do not lead to it move to checkpoints/superseded. Started again with the same value, the run
+      goes on from the newest that it has written since."""
 
     allow_changed: list[str] = []
     """Keys that may differ from those of the checkpoint that the run goes on from. For example [train.steps,
@@ -38,8 +40,9 @@ class CheckpointConfig(Section):
 
     init_from: str | None = None
     """Folder of a checkpoint whose weights the run begins with (fine-tuning): step 0 and a new optimizer. null: weights
-    are drawn at random. Read only where the run does not go on from a checkpoint of its own; needs resume auto or
-    never."""
+    are drawn at random. Its model section and tokenizer must be this run's, but for what allow_changed names and for
+    dropout, init_std and max_position_embeddings. Read only where the run does not go on from a checkpoint of its own;
+    needs resume auto or never."""
 
     async_save: bool = True
     """Whether a thread writes the files while training goes on. false: training waits until the checkpoint is

@@ -21,7 +21,8 @@ class TrainConfig(Section):
 
     output_dir: str = Field(min_length=1, examples=["runs/tiny"])
     """Folder for everything that the run writes. That is config.yaml (this configuration, complete), metrics.jsonl,
-    tensorboard and checkpoints. If it holds a run already, checkpoint.resume decides what happens."""
+    tensorboard and checkpoints. If it holds a run already, checkpoint.resume decides what happens. All processes must
+    see this one folder, which one run at a time may use."""
 
     global_batch_size: int = Field(gt=0, examples=[32])
     """Number of sequences in an optimizer step, over all replicas. A multiple of micro_batch_size times the number of

@@ -1,11 +1,14 @@
 """What happens around the steps of a run: logging, evaluation and whatever a user adds."""
 
+import contextlib
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -16,6 +19,9 @@ Metrics = dict[str, float | int]
 
 class Callback:
     """Hooks of the training loop. Every rank calls them in the same order, so a callback may use collectives."""
+
+    stop_reason: str | None = None
+    """Set by a callback, on any rank, to end the run after the next step."""
 
     def on_start(self, step: int, steps: int) -> None:
         """Before the first step of this process; ``step`` steps are behind it."""
@@ -57,23 +63,49 @@ class Checkpoints(Callback):
 
 
 class JsonLines(Callback):
-    """``metrics.jsonl``: one object per step, flushed at once."""
+    """``metrics.jsonl``: one object per step, written at once and whole.
+
+    A line that cannot be written, on a full disk say, is kept and tried again with the next; the run is asked to stop
+    (`stop_reason`), as a training whose record is lost is not worth its time.
+    """
 
     def __init__(self, file: Path) -> None:
         self._path = file
-        self._file: IO[str] | None = None
+        self._file: BinaryIO | None = None
+        self._unwritten: list[bytes] = []
 
     def on_start(self, step: int, steps: int) -> None:
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)
 
     def on_step(self, step: int, metrics: Metrics) -> None:
+        self._unwritten.append(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        self._write()
+
+    def _write(self) -> None:
         assert self._file is not None
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        content = b"".join(self._unwritten)
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(content)
+            if written != len(content):  # the disk had room for a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), end)
+            if self.stop_reason is None:
+                self.stop_reason = f"{self._path} cannot be written: {error.strerror}"
+                print(f"{self.stop_reason}; the run ends after the next step", flush=True)
+            return
+        self._unwritten = []
 
     def on_end(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None:
+            return
+        if self._unwritten:
+            self._write()
+        if self._unwritten:
+            self.stop_reason = f"{self.stop_reason}, and the lines of the last {len(self._unwritten)} steps are lost"
+        self._file.close()
 
 
 class TensorBoard(Callback):

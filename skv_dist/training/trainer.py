@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +84,7 @@ class Trainer:
                 work = next(coming, None)
                 while work and not self.stopped_by:
                     began = time.perf_counter()
-                    launched = self.launch(work, asked)
+                    launched = self.launch(work, lambda: bool(asked) or any(c.stop_reason for c in callbacks))
                     try:
                         work = next(coming, None)  # while the device is busy
                     finally:  # whatever is wrong with the next batch, this step is recorded and saved
@@ -117,12 +117,12 @@ class Trainer:
             keys = (DrawKey(train.seed, step, batch.index) for batch in batches)
             yield [(batch.to(device), self.policy.plan(key)) for batch, key in zip(batches, keys)]
 
-    def launch(self, work: list[Work], stop_asked: Sequence[str] = ()) -> LaunchedStep:
+    def launch(self, work: list[Work], stop_asked: Callable[[], bool] = lambda: False) -> LaunchedStep:
         """Queue one step. Its results are on the device, which decides by itself whether to update.
 
         Args:
-            stop_asked: not empty once the run is to end after a step. Looked at behind the backward, which takes most
-                of the step's time: what is asked for meanwhile still counts for this step.
+            stop_asked: whether the run is to end after this step. Asked behind the backward, which takes most of the
+                step's time, so that a signal that comes meanwhile still counts for this step.
         """
         run, engine, device = self.run, self.engine, self.world.device
         batches, plans = [batch for batch, _ in work], [plan for _, plan in work]
@@ -133,7 +133,7 @@ class Trainer:
         batch = run_batch(engine, run, batches, plans, num_predictions=count_predictions(batches), train=True)
         mean = batch.loss.double()
         refused = ~(mean.isfinite() & (mean <= self.guard.limit))
-        skip_update, stop = self._true_anywhere(refused, torch.full((), bool(stop_asked), device=device))
+        skip_update, stop = self._true_anywhere(refused, torch.full((), stop_asked(), device=device))
         outcome = engine.step(skip_update)
         results = (mean, outcome.grad_norm, outcome.applied, stop)
         return LaunchedStep(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)

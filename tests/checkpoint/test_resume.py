@@ -12,7 +12,7 @@ import torch
 from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.load import read_tensors, tensor_shapes
 from skv_dist.errors import UserError
-from tests.support.jobs.checkpoint import read_and_write, run_on_a_full_disk
+from tests.support.jobs.checkpoint import read_and_write
 from tests.support.jobs.loop import run_and_print, run_training
 from tests.support.runs import losses
 from tests.support.settings import run_settings
@@ -190,9 +190,10 @@ def test_every_kind_of_damage_is_found_and_named(finished: Path, tmp_path: Path)
                 assert name in str(caught.value)
     stray = tmp_path / "stray" / whole.name
     shutil.copytree(whole, stray)
-    (stray / "other").touch()
-    with pytest.raises(UserError, match="it holds other"):
-        files.verify(stray)
+    for name in (".DS_Store", ".nfs000001", "README"):
+        (stray / name).touch()
+    (stray / "folder").mkdir()
+    files.verify(stray)  # whatever else lies there is no damage
 
 
 def test_metadata_cannot_execute_anything(finished: Path, tmp_path: Path) -> None:
@@ -262,16 +263,6 @@ def test_weights_alone_start_a_new_run(workers: Any, text: Path, finished: Path,
     fresh = whole_run(workers, text, tmp_path / "b", layout(tensor=2), routing=routing)
     assert tuned[0]["step"] == 1
     assert tuned[0]["loss"] < fresh[0]["loss"] - 0.1
-
-
-def test_a_full_disk_does_not_end_the_run(workers: Any, text: Path, tmp_path: Path) -> None:
-    given = run_settings(text, tmp_path / "run", checkpoint={"every": HALF, "keep_last": None})
-    lines, printed = workers(1)(run_on_a_full_disk, given, END)[0]
-    assert len(lines) == END
-    assert "could not be written (No space left on device); going on without" in printed
-    root = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in root.iterdir()) == ["latest", "step_00000003"]
-    files.verify(files.folder_of(root, HALF))
 
 
 def test_old_checkpoints_go(workers: Any, text: Path, tmp_path: Path) -> None:

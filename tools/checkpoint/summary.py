@@ -10,7 +10,8 @@ from skv_dist.checkpoint.load import tensor_shapes
 
 def summary(checkpoint: Path) -> dict[str, str]:
     """Lines by their label. The checkpoint has been verified."""
-    state, sizes = files.read_state(checkpoint), [path.stat().st_size for path in checkpoint.iterdir()]
+    state, manifest = files.read_state(checkpoint), files.read_manifest(checkpoint)
+    sizes = [(checkpoint / name).stat().st_size for name in (*manifest, files.MANIFEST)]
     weights = [shape for name, shape in tensor_shapes(checkpoint).items() if name.startswith("model.")]
     return {
         "checkpoint": f"{checkpoint} (whole: sizes and SHA-256 agree with its manifest)",
