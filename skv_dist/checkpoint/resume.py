@@ -1,6 +1,6 @@
 """What a run starts from: an earlier checkpoint of its own, one that is named, or nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ _FREE = {
     "model.transformer_impl",
     "model.make_vocab_size_divisible_by",
     "data.cache_dir",
+    "data.max_skipped",
     "data.prepare_workers",
     "data.prefetch_steps",
+    "data.tokenizer",  # its content is compared, wherever it lies
 }
 _BOUND_SECTIONS = ("model", "routing", "data", "optimizer")
 _BOUND_TRAIN = ("steps", "seed", "global_batch_size", "micro_batch_size", "precision")
@@ -39,8 +41,11 @@ def _bound(run: RunConfig) -> dict[str, Any]:
     return {key: value for key, value in bound.items() if key not in _FREE}
 
 
-def check_same_run(run: RunConfig, folder: Path, fingerprint: str) -> None:
+def check_same_run(run: RunConfig, folder: Path, fingerprints: Collection[str]) -> None:
     """Refuse to go on with another model, other data or another method.
+
+    Args:
+        fingerprints: of the tokenizer, with those that earlier versions gave it.
 
     Raises:
         UserError: naming the keys that differ and are not in ``checkpoint.allow_changed``.
@@ -52,7 +57,7 @@ def check_same_run(run: RunConfig, folder: Path, fingerprint: str) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and key not in allowed
     ]
-    if files.read_state(folder)["tokenizer"] != fingerprint and "data.tokenizer" not in allowed:
+    if files.read_state(folder)["tokenizer"] not in fingerprints and "data.tokenizer" not in allowed:
         changed.append("the content of data.tokenizer has changed")
     if changed:
         raise UserError(
@@ -61,7 +66,7 @@ def check_same_run(run: RunConfig, folder: Path, fingerprint: str) -> None:
         )
 
 
-def choose(run: RunConfig, root: Path, fingerprint: str) -> Path | None:
+def choose(run: RunConfig, root: Path, fingerprints: Collection[str]) -> Path | None:
     """The checkpoint to go on from; None to start afresh. Collective.
 
     With ``auto`` a damaged one is named and passed over for the one before. A path must be whole.
@@ -76,7 +81,7 @@ def choose(run: RunConfig, root: Path, fingerprint: str) -> Path | None:
         folder = Path(resume).expanduser()
         files.step_of(folder)
         verify_everywhere(folder)
-        check_same_run(run, folder, fingerprint)
+        check_same_run(run, folder, fingerprints)
         return folder
     names = [[path.name for path in files.existing(root)]]
     dist.broadcast_object_list(names)
@@ -87,6 +92,6 @@ def choose(run: RunConfig, root: Path, fingerprint: str) -> Path | None:
             if dist.get_rank() == 0:
                 print(f"{error}; trying the one before", flush=True)
             continue
-        check_same_run(run, folder, fingerprint)
+        check_same_run(run, folder, fingerprints)
         return folder
     return None

@@ -73,24 +73,30 @@ def train(run: RunConfig) -> None:
 
 
 def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World") -> None:
-    import torch.distributed as dist
-
     from skv_dist.checkpoint import resume
-    from skv_dist.checkpoint.folder import clean
+    from skv_dist.checkpoint.folder import clean, read_config, read_state
     from skv_dist.checkpoint.save import Saver
+    from skv_dist.data.continuing import check_goes_on, data_state
     from skv_dist.data.open import open_data
+    from skv_dist.data.split import SplitRule, rule_of
     from skv_dist.parallel.engines.create import create_engine
+    from skv_dist.parallel.processes.rendezvous import wait_for_all
     from skv_dist.training import output_folder
     from skv_dist.training.trainer import Trainer
     from skv_dist.versions import software
 
     out = Path(run.train.output_dir)
     checkpoints = out / output_folder.CHECKPOINTS
-    samples, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
+    start = resume.choose(run, checkpoints, tokenizer.fingerprints())
+    rule = SplitRule.CONTENT if start is None else rule_of(read_state(start), run.data, run.checkpoint.allow_changed)
+    samples, validation = open_data(
+        run.data, tokenizer, run.train.seed, wait_for_all, rule=rule, validation_needed=run.eval.every > 0
+    )
+    if start is not None:
+        check_goes_on(read_state(start), read_config(start).data, run.data, samples, run.checkpoint.allow_changed)
     if world.is_first:
         output_folder.claim(out, run.checkpoint.resume)
         clean(checkpoints)
-    start = resume.choose(run, checkpoints, tokenizer.fingerprint())
     trainer = Trainer(run, derived, world, create_engine(run, world.device), samples)
     _load_weights(trainer, start)
     saver = Saver(trainer.engine, run, checkpoints)
@@ -99,6 +105,7 @@ def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", wo
         return {
             **trainer.state(),
             "tokenizer": tokenizer.fingerprint(),
+            "data": data_state(rule, samples),
             "software": software(),
             "layout": run.parallel.model_dump(mode="json"),
             "world_size": world.size,
