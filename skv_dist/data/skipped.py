@@ -4,7 +4,8 @@ from collections import Counter
 
 from skv_dist.errors import UserError
 
-_CHECKED_FROM = 1000  # rows: before, one bad row says little of the source
+_HOPELESS_FROM = 1000  # rows: where most of so many hold no text, nobody needs to wait for the end
+_CHECKED_FROM = 10_000  # rows of a stream, whose end may never come
 _ALWAYS_ALLOWED = 10
 
 
@@ -14,10 +15,11 @@ class Skipped:
     Args:
         source: its path, for messages.
         limit: ``data.max_skipped``.
+        streaming: whether the limit holds before the end too.
     """
 
-    def __init__(self, source: str, limit: float) -> None:
-        self._source, self._limit = source, limit
+    def __init__(self, source: str, limit: float, *, streaming: bool = False) -> None:
+        self._source, self._limit, self._streaming = source, limit, streaming
         self._reasons: Counter[str] = Counter()
         self._first = ""
         self._empty_files: list[str] = []
@@ -36,7 +38,8 @@ class Skipped:
         """
         self._reasons[reason] += 1
         self._first = self._first or place
-        if self.num_rows >= _CHECKED_FROM:
+        hopeless = self.num_rows >= _HOPELESS_FROM and self.num_skipped > self.num_rows / 2
+        if hopeless or (self._streaming and self.num_rows >= _CHECKED_FROM):
             self._check()
 
     def note_empty_file(self, file: str) -> None:

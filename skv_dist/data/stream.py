@@ -26,7 +26,7 @@ def _endless_documents(
     """Documents for which ``keep(text)``, over and over; shuffled anew within a buffer each epoch."""
     epoch = 0
     while True:
-        skipped = Skipped(source.path, config.max_skipped)
+        skipped = Skipped(source.path, config.max_skipped, streaming=True)
         num_kept = 0
         for text in _in_buffer(_one_epoch(source, config, seed, epoch, skipped), config.shuffle_buffer, seed, epoch):
             if keep(text):
