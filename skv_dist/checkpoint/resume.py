@@ -1,6 +1,6 @@
 """What a run starts from: an earlier checkpoint of its own, one that is named, or nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ _FREE = {
     "model.transformer_impl",
     "model.make_vocab_size_divisible_by",
     "data.cache_dir",
+    "data.max_skipped",
     "data.prepare_workers",
     "data.prefetch_steps",
+    "data.tokenizer",  # its content is compared, wherever it lies
 }
 # Keys of the model that change nothing of what its weights compute.
 _FREE_FOR_WEIGHTS = {
@@ -55,15 +57,18 @@ def _differences(before: dict[str, Any], now: dict[str, Any], allowed: set[str])
     ]
 
 
-def check_same_run(run: RunConfig, folder: Path, fingerprint: str) -> None:
+def check_same_run(run: RunConfig, folder: Path, fingerprints: Collection[str]) -> None:
     """Refuse to go on with another model, other data or another method.
+
+    Args:
+        fingerprints: of the tokenizer, with those that earlier versions gave it.
 
     Raises:
         UserError: naming the keys that differ and are not in ``checkpoint.allow_changed``.
     """
     allowed = set(run.checkpoint.allow_changed)
     changed = _differences(_bound(files.read_config(folder)), _bound(run), allowed)
-    if files.read_state(folder)["tokenizer"] != fingerprint and "data.tokenizer" not in allowed:
+    if files.read_state(folder)["tokenizer"] not in fingerprints and "data.tokenizer" not in allowed:
         changed.append("the content of data.tokenizer has changed")
     if changed:
         raise UserError(
@@ -72,7 +77,7 @@ def check_same_run(run: RunConfig, folder: Path, fingerprint: str) -> None:
         )
 
 
-def check_same_model(run: RunConfig, folder: Path, fingerprint: str) -> None:
+def check_same_model(run: RunConfig, folder: Path, fingerprints: Collection[str]) -> None:
     """Refuse to begin with weights that were made for another model or other tokens (``checkpoint.init_from``).
 
     Raises:
@@ -85,7 +90,7 @@ def check_same_model(run: RunConfig, folder: Path, fingerprint: str) -> None:
 
     allowed = set(run.checkpoint.allow_changed)
     changed = _differences(shape(files.read_config(folder)), shape(run), allowed)
-    if files.read_state(folder)["tokenizer"] != fingerprint and "data.tokenizer" not in allowed:
+    if files.read_state(folder)["tokenizer"] not in fingerprints and "data.tokenizer" not in allowed:
         changed.append(f"data.tokenizer '{run.data.tokenizer}' is not the tokenizer that it was trained with")
     if changed:
         raise UserError(
@@ -94,7 +99,7 @@ def check_same_model(run: RunConfig, folder: Path, fingerprint: str) -> None:
         )
 
 
-def checked_weights(run: RunConfig, fingerprint: str) -> Path | None:
+def checked_weights(run: RunConfig, fingerprints: Collection[str]) -> Path | None:
     """The checkpoint whose weights the run begins with (``checkpoint.init_from``), whole and fitting. Collective.
 
     Raises:
@@ -104,7 +109,7 @@ def checked_weights(run: RunConfig, fingerprint: str) -> Path | None:
         return None
     folder = Path(run.checkpoint.init_from).expanduser()
     verify_everywhere(folder)
-    check_same_model(run, folder, fingerprint)
+    check_same_model(run, folder, fingerprints)
     return folder
 
 
@@ -124,7 +129,7 @@ def roll_backs(run: RunConfig, start: Path | None) -> list[str]:
     return before if asked is None or str(asked) in before else [*before, str(asked)]
 
 
-def choose(run: RunConfig, root: Path, fingerprint: str) -> Path | None:
+def choose(run: RunConfig, root: Path, fingerprints: Collection[str]) -> Path | None:
     """The checkpoint to go on from; None to start afresh. Nothing on disk is changed. Collective.
 
     With ``auto`` a damaged one is named and passed over for the one before. A path must be whole; where this run has
@@ -149,7 +154,7 @@ def choose(run: RunConfig, root: Path, fingerprint: str) -> Path | None:
             if dist.get_rank() == 0 and len(candidates) > 1:
                 print(f"{error}; trying the one before", flush=True)
             continue
-        check_same_run(run, folder, fingerprint)
+        check_same_run(run, folder, fingerprints)
         if asked not in (None, folder) and dist.get_rank() == 0:
             print(f"{folder} was written after {asked}; to go back to that once more, move it away", flush=True)
         return folder

@@ -49,20 +49,21 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     run = _configuration(arguments)
 
-    import torch.distributed as dist
-
-    from skv_dist.checkpoint.folder import CONFIG
+    from skv_dist.checkpoint.folder import CONFIG, read_state
     from skv_dist.checkpoint.frozen_model import frozen_model
     from skv_dist.data.open import open_data
+    from skv_dist.data.split import rule_of
     from skv_dist.data.tokenizer import load_tokenizer
     from skv_dist.evaluation.sweep import evaluation_batches, sweep
     from skv_dist.parallel.processes import groups
+    from skv_dist.parallel.processes.rendezvous import wait_for_all
 
     plans = _plans(arguments, run)
     tokenizer = load_tokenizer(run.data.tokenizer)
     world = groups.start(run.parallel)
     engine = frozen_model(run, arguments.checkpoint, world)
-    _, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
+    rule = rule_of(read_state(arguments.checkpoint), run.data, run.checkpoint.allow_changed)
+    _, validation = open_data(run.data, tokenizer, run.train.seed, wait_for_all, rule=rule)
     losses: dict[str, float] = {}
     if validation is not None:
         losses = sweep(engine, run, evaluation_batches(run, world, validation), plans)

@@ -7,13 +7,6 @@ from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.data import SourceConfig
 from skv_dist.errors import UserError
 
-_FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-
-
-def _guess(path: str) -> str:
-    name = path.removesuffix(".gz").removesuffix(".zst")
-    return next((format_ for suffix, format_ in _FORMATS.items() if name.endswith(suffix)), "text")
-
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="skv-data", description=__doc__)
@@ -21,12 +14,21 @@ def _parser() -> argparse.ArgumentParser:
     action = actions.add_parser("prepare", help="tokenize text, JSONL, Parquet or a hub dataset")
     action.add_argument("paths", nargs="+", help="files, folders or globs (** recurses), or hub names")
     action.add_argument("--out", required=True, type=Path, help="folder to create")
-    action.add_argument("--format", choices=["text", "jsonl", "parquet", "hub"], help="default: by file name")
+    action.add_argument(
+        "--format", choices=["text", "jsonl", "parquet", "hub"], help="default: by the suffixes of the files"
+    )
     action.add_argument("--tokenizer", default="byte", help="'byte', a folder or a hub name (default: byte)")
     action.add_argument("--text-field", default="text", help="field that holds the text (default: text)")
     action.add_argument("--name", help="configuration of a hub dataset")
     action.add_argument("--split", default="train", help="split of a hub dataset (default: train)")
     action.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave out matching files")
+    action.add_argument(
+        "--max-skipped",
+        type=float,
+        default=0.1,
+        metavar="PART",
+        help="largest part of a source's documents that may hold no text; ten always may (default: 0.1)",
+    )
     action.add_argument("--workers", type=int, default=1, help="tokenizing processes (default: 1)")
     return parser
 
@@ -34,16 +36,19 @@ def _parser() -> argparse.ArgumentParser:
 @entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
+    from skv_dist.data.local_files import format_of_all
     from skv_dist.data.token_set import PreparedSet
     from skv_dist.data.tokenize import prepare
     from skv_dist.data.tokenizer import load_tokenizer
 
     if arguments.workers < 1:
         raise UserError(f"--workers must be at least 1, got {arguments.workers}")
+    if not 0 <= arguments.max_skipped <= 1:
+        raise UserError(f"--max-skipped must be between 0 and 1, got {arguments.max_skipped}")
     sources = [
         SourceConfig(
             path=path,
-            format=arguments.format or _guess(path),
+            format=arguments.format or format_of_all(path, arguments.exclude),
             name=arguments.name,
             split=arguments.split,
             text_field=arguments.text_field,
@@ -52,7 +57,7 @@ def main(argv: list[str]) -> int:
         for path in arguments.paths
     ]
     tokenizer = load_tokenizer(arguments.tokenizer)
-    prepare(sources, tokenizer, arguments.out, workers=arguments.workers)
+    prepare(sources, tokenizer, arguments.out, workers=arguments.workers, max_skipped=arguments.max_skipped)
     made = PreparedSet(arguments.out, tokenizer)
     print(f"{arguments.out}: {made.num_documents:,} documents, {len(made.tokens):,} tokens ({tokenizer.name})")
     return 0

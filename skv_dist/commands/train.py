@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.load import load_config
@@ -73,16 +73,53 @@ def train(run: RunConfig) -> None:
         _train_in_world(run, derived, tokenizer, world)
 
 
-def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World") -> None:
-    import torch.distributed as dist
+class RunData(NamedTuple):
+    """What a run reads, and what its checkpoints note of it."""
 
-    from skv_dist.data.open import open_data
-    from skv_dist.parallel.processes.agree import first_error
+    samples: "Samples"
+    validation: "Samples | None"
+    state: dict[str, Any]
+
+
+def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World") -> None:
+    from skv_dist.checkpoint import resume
     from skv_dist.training import output_folder
     from skv_dist.training.lock import FolderLock
 
     out = output_folder.folder_of(run)
-    samples, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
+    start = resume.choose(run, out / output_folder.CHECKPOINTS, tokenizer.fingerprints())
+    data = _open_data(run, tokenizer, start)
+    _claim(out, run, world)
+    lock = FolderLock(out)
+    try:
+        _train_in_folder(run, derived, tokenizer, world, start, data)
+    finally:
+        lock.release()
+
+
+def _open_data(run: RunConfig, tokenizer: "Tokenizer", start: Path | None) -> RunData:
+    """The data of the run; that of the checkpoint ``start``, if it goes on from one."""
+    from skv_dist.checkpoint.folder import read_config, read_state
+    from skv_dist.data.continuing import check_goes_on, data_state
+    from skv_dist.data.open import open_data
+    from skv_dist.data.split import SplitRule, rule_of
+    from skv_dist.parallel.processes.rendezvous import wait_for_all
+
+    allowed = run.checkpoint.allow_changed
+    rule = SplitRule.CONTENT if start is None else rule_of(read_state(start), run.data, allowed)
+    samples, validation = open_data(
+        run.data, tokenizer, run.train.seed, wait_for_all, rule=rule, validation_needed=run.eval.every > 0
+    )
+    if start is not None:
+        check_goes_on(read_state(start), read_config(start).data, run.data, samples, allowed)
+    return RunData(samples, validation, data_state(rule, samples))
+
+
+def _claim(out: Path, run: RunConfig, world: "World") -> None:
+    """Make the output folder, on the first rank; what is wrong with it all ranks say."""
+    from skv_dist.parallel.processes.agree import first_error
+    from skv_dist.training import output_folder
+
     error = None
     if world.is_first:
         try:
@@ -91,20 +128,10 @@ def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", wo
             error = str(problem)
     if (agreed := first_error(error)) is not None:
         raise UserError(agreed)
-    lock = FolderLock(out)
-    try:
-        _train_in_folder(run, derived, tokenizer, world, samples, validation)
-    finally:
-        lock.release()
 
 
 def _train_in_folder(
-    run: RunConfig,
-    derived: Derived,
-    tokenizer: "Tokenizer",
-    world: "World",
-    samples: "Samples",
-    validation: "Samples | None",
+    run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World", start: Path | None, data: RunData
 ) -> None:
     from skv_dist.checkpoint import resume
     from skv_dist.checkpoint.save import Saver
@@ -114,25 +141,24 @@ def _train_in_folder(
     from skv_dist.versions import software
 
     out = output_folder.folder_of(run)
-    checkpoints = out / output_folder.CHECKPOINTS
-    start = resume.choose(run, checkpoints, tokenizer.fingerprint())
-    begin_with = None if start is not None else resume.checked_weights(run, tokenizer.fingerprint())
-    trainer = Trainer(run, derived, world, create_engine(run, world.device), samples)
+    begin_with = None if start is not None else resume.checked_weights(run, tokenizer.fingerprints())
+    trainer = Trainer(run, derived, world, create_engine(run, world.device), data.samples)
     _restore(trainer, start, begin_with)
     roll_backs = resume.roll_backs(run, start)
-    saver = Saver(trainer.engine, run, checkpoints)
+    saver = Saver(trainer.engine, run, out / output_folder.CHECKPOINTS)
 
     def state() -> dict[str, Any]:
         return {
             **trainer.state(),
             "roll_backs": roll_backs,
             "tokenizer": tokenizer.fingerprint(),
+            "data": data.state,
             "software": software(),
             "layout": run.parallel.model_dump(mode="json"),
             "world_size": world.size,
         }
 
-    callbacks = _callbacks(trainer, saver, state, validation)
+    callbacks = _callbacks(trainer, saver, state, data.validation)
     if world.is_first:
         output_folder.begin(out, run, trainer.step, start)
         _announce(trainer, start)

@@ -1,8 +1,9 @@
 """``data``: where the text comes from and how it becomes sequences."""
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from skv_dist.config.section import Section
 
@@ -20,11 +21,13 @@ class SourceConfig(Section):
     """What the files hold.
 
     - text: each file is one document.
-    - jsonl: one JSON object in each line, the text in its field text_field. Of a folder, the files *.jsonl and
-      compressed ones (*.jsonl.gz).
+    - jsonl: one JSON object in each line (or one list of objects), the text in its field text_field. Of a folder, the
+      files *.jsonl, *.ndjson and *.json.
     - parquet: one document in each row, the text in column text_field. Of a folder, the files *.parquet.
     - hub: a dataset on the Hugging Face hub, the text in column text_field.
-    - prepared: tokens. The set must have been made with data.tokenizer."""
+    - prepared: tokens. The set must have been made with data.tokenizer.
+
+    Text and JSON are UTF-8 and may be compressed (gzip, bzip2, xz, zstd). Other fields than text_field are not read."""
 
     weight: float = Field(default=1.0, gt=0)
     """Share of the samples that come from this source, relative to the weights of the others. A small source is
@@ -46,8 +49,8 @@ class SourceConfig(Section):
 
 class DataConfig(Section):
     """Where the text comes from and how it becomes sequences. Documents are tokenized, laid end to end with an end
-    token behind each, and cut into sequences; their order is a pure function of train.seed and the position in the run.
-    skv-eval finds the validation text by this section of the checkpoint."""
+    token behind each, and cut into sequences; their order is a pure function of their content, train.seed and the
+    position in the run. skv-eval finds the validation text by this section of the checkpoint."""
 
     sequence_length: int = Field(gt=0, examples=[128])
     """Number of tokens in a sequence. At most model.max_position_embeddings; with parallel.sequence_parallel a multiple
@@ -55,8 +58,9 @@ class DataConfig(Section):
 
     tokenizer: str = Field(default="byte", min_length=1)
     """The tokenizer: byte, a folder that holds a saved one, or a name on the Hugging Face hub. byte needs no download:
-    259 tokens, the bytes of UTF-8 and three special ones. A folder begins with ., / or ~. Any other must have an
-    end-of-sequence token. Exported models take the tokenizer with them."""
+    259 tokens, the bytes of UTF-8 and three special ones. A folder that begins with ., / or ~, or that is there, is
+    noted with its whole path. Any other must have an end-of-sequence token. Exported models take the tokenizer with
+    them."""
 
     sources: list[SourceConfig] = Field(min_length=1)
     """The text to train on: one or more sources, mixed by their weights. Those whose format is not prepared are
@@ -67,8 +71,18 @@ class DataConfig(Section):
     validation_fraction says."""
 
     validation_fraction: float = Field(default=0.01, ge=0, lt=1)
-    """Part of sources that is held out for evaluation. Read where validation_sources is empty. Which documents these
-    are depends on train.seed. 0: none, which needs eval.every 0 too."""
+    """Part of sources that is held out for evaluation. Read where validation_sources is empty. 0: none, which needs
+    eval.every 0 too."""
+
+    split_seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides, with the text of a document, whether it is held out. Runs with other values of train.seed hold out the
+    same text, and so does one whose data has moved. A run that goes on from a checkpoint of version 0.1 keeps the
+    split and order of that version, unless checkpoint.allow_changed names this key."""
+
+    max_skipped: float = Field(default=0.1, ge=0, le=1)
+    """Largest part of a source's documents that may be skipped because their text is empty, null or missing. They are
+    counted and reported. Above it the run ends, except that ten documents may always be skipped. Read for sources that
+    are not prepared; skv-data prepare has --max-skipped instead. 0: none may be skipped."""
 
     validation_split: Literal["document", "sequence"] = "document"
     """What is held out. Read where validation_sources is empty.
@@ -99,6 +113,14 @@ class DataConfig(Section):
     reset_attention: bool = False
     """Whether attention stops at document boundaries. The first token of the next document is then not predicted
     either. Needs model.transformer_impl local, which auto chooses; on a GPU attention is compiled (flex attention)."""
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _whole_path(cls, name: str) -> str:
+        """A folder as it is found from anywhere: what a checkpoint notes is read from other folders too."""
+        path = Path(name).expanduser()
+        is_folder = name.startswith((".", "/", "~")) or (name != "byte" and path.is_dir())
+        return str(path.absolute()) if is_folder else name
 
     @model_validator(mode="after")
     def _streams_are_not_prepared(self) -> "DataConfig":

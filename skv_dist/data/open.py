@@ -7,85 +7,113 @@ from skv_dist.config.data import DataConfig, SourceConfig
 from skv_dist.data.batches import Samples
 from skv_dist.data.order import blended
 from skv_dist.data.packing import Sample, split_prepared
+from skv_dist.data.split import SplitRule, source_orders
 from skv_dist.data.stream import StreamingSet
 from skv_dist.data.token_set import PreparedSet
-from skv_dist.data.tokenize import cached_folder, prepare
+from skv_dist.data.tokenize import prepared_once
 from skv_dist.data.tokenizer import Tokenizer
-
-Barrier = Callable[[], None]
-TrainAndValidation = tuple[Samples, Samples | None]
 
 
 class Blend:
-    """Several sets mixed by weight, in an order that is a pure function of (seed, position)."""
+    """Several sets mixed by weight, in an order that is a pure function of (seed, position).
 
-    def __init__(self, sets: Sequence[Samples], sources: Sequence[SourceConfig], seed: int) -> None:
-        self._sets, self._weights, self._seed = sets, [source.weight for source in sources], seed
+    Attributes:
+        contents: what tells the data of each source from other data (`PreparedSet.content`).
+    """
+
+    def __init__(self, sets: Sequence[Samples], weights: Sequence[float], seed: int, contents: list[str]) -> None:
+        self._sets, self._weights, self._seed = sets, weights, seed
+        self.contents = contents
 
     def __getitem__(self, position: int) -> Sample:
         source, position_within = blended(position, self._weights, self._seed)
         return self._sets[source][position_within]
 
 
+TrainAndValidation = tuple[Blend | StreamingSet, Blend | StreamingSet | None]
+
+
 def open_data(
-    config: DataConfig, tokenizer: Tokenizer, seed: int, first_rank: bool, barrier: Barrier
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    wait_for_all: Callable[[], None],
+    *,
+    rule: SplitRule = SplitRule.CONTENT,
+    validation_needed: bool = True,
 ) -> TrainAndValidation:
     """Training and validation samples of a run.
 
     Args:
-        first_rank: True on the one process that prepares raw sources; the others wait for it.
-        barrier: returns once every process has called it.
+        seed: ``train.seed``.
+        wait_for_all: returns once every process has called it. Raw sources are prepared by whichever process comes
+            first, which may take hours: it must neither be a collective nor have a time limit.
+        rule: what decides on order and held-out text.
+        validation_needed: whether it is an error that the held-out part holds no sequence.
 
     Raises:
         UserError: a source cannot be read, is empty or too short, or does not match the tokenizer.
     """
     if config.streaming:
         return _stream_sources(config, tokenizer, seed)
-    return _map_sources(config, tokenizer, seed, first_rank, barrier)
+    sources = [*config.sources, *config.validation_sources]
+    folders = [_prepared_folder(source, config, tokenizer) for source in sources]
+    if any(source.format != "prepared" for source in sources):
+        wait_for_all()
+    sets = [PreparedSet(folder, tokenizer) for folder in folders]
+    return _map_sets(sets, config, seed, rule, validation_needed)
 
 
 def _stream_sources(config: DataConfig, tokenizer: Tokenizer, seed: int) -> TrainAndValidation:
-    def stream(sources: list[SourceConfig], fraction: float, *, validation: bool) -> StreamingSet:
-        return StreamingSet(sources, config, tokenizer, seed, validation=validation, fraction=fraction)
+    def stream(sources: list[SourceConfig], held_out: float, seed: int, *, validation: bool) -> StreamingSet:
+        return StreamingSet(sources, config, tokenizer, seed, validation=validation, fraction=held_out)
 
+    fraction = 0.0 if config.validation_sources else config.validation_fraction
+    train = stream(config.sources, fraction, seed, validation=False)
     if config.validation_sources:
-        train = stream(config.sources, 0.0, validation=False)
-        return train, stream(config.validation_sources, 0.0, validation=False)
-    fraction = config.validation_fraction
-    train = stream(config.sources, fraction, validation=False)
-    return train, stream(config.sources, fraction, validation=True) if fraction else None
+        return train, stream(config.validation_sources, 0.0, config.split_seed, validation=False)
+    return train, stream(config.sources, fraction, config.split_seed, validation=True) if fraction else None
 
 
-def _map_sources(
-    config: DataConfig, tokenizer: Tokenizer, seed: int, first_rank: bool, barrier: Barrier
+def _map_sets(
+    sets: Sequence[PreparedSet], config: DataConfig, seed: int, rule: SplitRule, validation_needed: bool
 ) -> TrainAndValidation:
-    """Prepared sets, mapped into memory; sources that are raw are prepared first."""
+    """Prepared sets, mapped into memory: those of ``sources``, then those of ``validation_sources``."""
+    validation_seed = seed if rule == SplitRule.PATH else config.split_seed
 
-    def open_split(source: SourceConfig, fraction: float) -> TrainAndValidation:
-        folder = _prepared_folder(source, config, tokenizer, first_rank, barrier)
-        return split_prepared(PreparedSet(folder, tokenizer), config, seed, source.path, fraction)
+    def parts(
+        sources: Sequence[SourceConfig], sets: Sequence[PreparedSet], fraction: float, seed: int
+    ) -> list[tuple[SourceConfig, Samples, Samples | None]]:
+        paths, contents = [source.path for source in sources], [prepared.content for prepared in sets]
+        orders = source_orders(rule, paths, contents, seed, config.split_seed)
+        return [
+            (source, *split_prepared(prepared, config, order, fraction, validation_needed=validation_needed))
+            for source, prepared, order in zip(sources, sets, orders)
+        ]
 
+    def blend(chosen: Sequence[tuple[SourceConfig, Samples]], sets: Sequence[PreparedSet], seed: int) -> Blend:
+        weights, contents = [source.weight for source, _ in chosen], [prepared.content for prepared in sets]
+        return Blend([samples for _, samples in chosen], weights, seed, contents)
+
+    train_sets, validation_sets = sets[: len(config.sources)], sets[len(config.sources) :]
+    fraction = 0.0 if config.validation_sources else config.validation_fraction
+    split = parts(config.sources, train_sets, fraction, seed)
+    train = blend([(source, samples) for source, samples, _ in split], train_sets, seed)
     if config.validation_sources:
-        train = [open_split(source, 0.0)[0] for source in config.sources]
-        validation = [open_split(source, 0.0)[0] for source in config.validation_sources]
-        return Blend(train, config.sources, seed), Blend(validation, config.validation_sources, seed)
-    splits = [open_split(source, config.validation_fraction) for source in config.sources]
-    train_blend = Blend([train for train, _ in splits], config.sources, seed)
-    validation_sets = [validation for _, validation in splits if validation is not None]
-    return train_blend, Blend(validation_sets, config.sources, seed) if validation_sets else None
+        named = parts(config.validation_sources, validation_sets, 0.0, validation_seed)
+        return train, blend([(source, samples) for source, samples, _ in named], validation_sets, validation_seed)
+    held_out = [(source, samples) for source, _, samples in split if samples is not None]
+    return train, blend(held_out, train_sets, validation_seed) if held_out else None
 
 
-def _prepared_folder(
-    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, first_rank: bool, barrier: Barrier
-) -> Path:
-    """Where the prepared form of ``source`` lies; made by the first rank while the others wait, if there is none."""
+def _prepared_folder(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer) -> Path:
+    """Where the prepared form of ``source`` lies."""
     if source.format == "prepared":
         return Path(source.path).expanduser()
-    folder = cached_folder(source, tokenizer, config.cache_dir)
-    if not first_rank:
-        barrier()
-    if not folder.exists():
-        prepare([source], tokenizer, folder, workers=config.prepare_workers, cache_dir=config.cache_dir)
-    if first_rank:
-        barrier()
-    return folder
+    return prepared_once(
+        source,
+        tokenizer,
+        workers=config.prepare_workers,
+        cache_dir=config.cache_dir,
+        max_skipped=config.max_skipped,
+    )

@@ -79,11 +79,3 @@ def blended(index: int, weights: Sequence[float], seed: int) -> tuple[int, int]:
     block, place = divmod(index, _BLEND_BLOCK)
     source, within = _block(key, seed, block)[place]
     return source, block * _quotas(key)[source] + within
-
-
-def held_out(document: int, fraction: float, seed: int, stream: str) -> bool:
-    """Whether a document (or sequence) belongs to the validation split."""
-    if fraction <= 0:
-        return False
-    message = b"skv-dist/split/" + stream.encode() + struct.pack("<2q", seed, document)
-    return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little") < fraction * 2**64

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 
 from skv_dist.config.data import DataConfig
-from skv_dist.data.order import held_out, shuffled
+from skv_dist.data.order import shuffled
+from skv_dist.data.split import SourceOrder
 from skv_dist.data.token_set import PreparedSet
 from skv_dist.errors import UserError
 
@@ -59,13 +60,16 @@ class PackedDocuments:
 
 
 class SequenceSet:
-    """An endless, shuffled sequence of samples over some windows; a new order each epoch."""
+    """An endless, shuffled sequence of samples over some windows; a new order each epoch.
 
-    def __init__(self, windows: PackedDocuments, indices: np.ndarray | None, seed: int, stream: str) -> None:
+    Args:
+        stream: seed and name of the shuffle.
+    """
+
+    def __init__(self, windows: PackedDocuments, indices: np.ndarray | None, stream: tuple[int, str]) -> None:
         self._windows = windows
         self._indices = indices
-        self._seed = seed
-        self._stream = stream
+        self._seed, self._stream = stream
 
     def __len__(self) -> int:
         return len(self._windows) if self._indices is None else len(self._indices)
@@ -77,50 +81,49 @@ class SequenceSet:
 
 
 def split_prepared(
-    prepared: PreparedSet, config: DataConfig, seed: int, stream: str, fraction: float
+    prepared: PreparedSet, config: DataConfig, order: SourceOrder, fraction: float, *, validation_needed: bool
 ) -> tuple[SequenceSet, SequenceSet | None]:
     """Training and validation sequences of one set.
 
     Args:
-        stream: names the source, so that two sources are shuffled independently.
         fraction: share held out; 0 gives no validation set.
+        validation_needed: whether a validation part that holds no sequence is an error; else it is None.
 
     Raises:
         UserError: a part holds no whole sequence.
     """
-    all_documents = np.arange(prepared.num_documents)
-    if config.validation_split == "sequence" or fraction == 0:
-        windows = PackedDocuments(prepared, all_documents, config.sequence_length)
-        is_held_out = _drawn(len(windows), fraction, seed, stream)
-        _check_not_empty(int((~is_held_out).sum()), "training part", windows, config, stream)
-        train = SequenceSet(windows, np.flatnonzero(~is_held_out) if is_held_out.any() else None, seed, stream)
-        if fraction == 0:
-            return train, None
-        _check_not_empty(int(is_held_out.sum()), "validation part", windows, config, stream)
-        return train, SequenceSet(windows, np.flatnonzero(is_held_out), seed, stream + _VALIDATION)
 
-    def documents(chosen: np.ndarray, part: str, name: str) -> SequenceSet:
-        windows = PackedDocuments(prepared, chosen, config.sequence_length)
-        described = f"{part} ({len(chosen)} of {len(all_documents)} documents)"
-        _check_not_empty(len(windows), described, windows, config, stream)
-        return SequenceSet(windows, None, seed, name)
+    def windows_of(documents: np.ndarray) -> PackedDocuments:
+        return PackedDocuments(prepared, documents, config.sequence_length)
 
-    is_held_out = _drawn(len(all_documents), fraction, seed, stream)
-    return (
-        documents(all_documents[~is_held_out], "training part", stream),
-        documents(all_documents[is_held_out], "validation part", stream + _VALIDATION),
-    )
+    all_windows = windows_of(np.arange(prepared.num_documents))
+    if fraction == 0:
+        train = SequenceSet(all_windows, None, order.train_stream())
+        _check_not_empty(train, "training part", config, order)
+        return train, None
+    if config.validation_split == "sequence":
+        held_out = order.held_out_windows(len(all_windows), fraction)
+        train = SequenceSet(all_windows, np.flatnonzero(~held_out), order.train_stream())
+        validation = SequenceSet(all_windows, np.flatnonzero(held_out), order.validation_stream())
+    else:
+        held_out = order.held_out_documents(prepared, fraction)
+        train = SequenceSet(windows_of(np.flatnonzero(~held_out)), None, order.train_stream())
+        validation = SequenceSet(windows_of(np.flatnonzero(held_out)), None, order.validation_stream())
+    num_held_out = int(held_out.sum())
+
+    def described(part: str, size: int) -> str:
+        return f"{part} ({size} of {len(held_out)} {config.validation_split}s)"
+
+    _check_not_empty(train, described("training part", len(held_out) - num_held_out), config, order)
+    if len(validation) == 0 and not validation_needed:
+        return train, None
+    _check_not_empty(validation, described("validation part", num_held_out), config, order)
+    return train, validation
 
 
-def _drawn(size: int, fraction: float, seed: int, stream: str) -> np.ndarray:
-    """bool [size]: which documents or windows are held out."""
-    return np.fromiter((held_out(index, fraction, seed, stream) for index in range(size)), dtype=bool)
-
-
-def _check_not_empty(num_sequences: int, part: str, windows: PackedDocuments, config: DataConfig, stream: str) -> None:
-    if num_sequences == 0:
+def _check_not_empty(sequences: SequenceSet, part: str, config: DataConfig, order: SourceOrder) -> None:
+    if len(sequences) == 0:
         raise UserError(
-            f"data source '{stream}': its {part} of {windows.num_tokens} tokens holds no sequence of "
-            f"data.sequence_length {config.sequence_length} (+1): lower data.sequence_length, add data or change "
-            "data.validation_fraction"
+            f"data source '{order.path}': its {part} holds no sequence of data.sequence_length "
+            f"{config.sequence_length} (+1): lower data.sequence_length, add data or change data.validation_fraction"
         )

@@ -1,43 +1,77 @@
-"""Raw documents from local text, JSONL, Parquet or the hub, through Hugging Face ``datasets``."""
+"""Raw documents from local text, JSONL and Parquet files, or from the hub through Hugging Face ``datasets``."""
 
-import fnmatch
-import glob
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from skv_dist.config.data import SourceConfig
+from skv_dist.data.local_files import local_files
+from skv_dist.data.read_file import MISSING, Row, rows
+from skv_dist.data.skipped import Skipped
 from skv_dist.errors import UserError
 
-_BUILDERS = {"text": "text", "jsonl": "json", "parquet": "parquet"}
-_SUFFIXES = {"text": "*", "jsonl": "*.jsonl*", "parquet": "*.parquet"}
 
+def documents(
+    source: SourceConfig,
+    skipped: Skipped,
+    *,
+    cache_dir: str | None = None,
+    files: Sequence[str] | None = None,
+    streaming: bool = False,
+    order: tuple[int, int] | None = None,
+) -> Iterator[str]:
+    """Every text of a source that holds one.
 
-def local_files(source: SourceConfig) -> list[str]:
-    """The files of a local source, sorted: a file, every matching file of a folder, or a glob (``**`` recurses).
+    Args:
+        skipped: counts the others.
+        files: of a local source, in the order in which they are read; all, sorted, where it is None.
+        streaming: a hub dataset is not loaded down first.
+        order: seed and epoch that shuffle the files of a hub dataset that is streamed.
 
     Raises:
-        UserError: nothing matches, or a file cannot be read.
+        UserError: a file, or the hub, cannot be read, or a text is none; naming file and row.
     """
-    pattern = os.path.expanduser(source.path)
-    if os.path.isdir(pattern):
-        pattern = os.path.join(pattern, "**", _SUFFIXES[source.format])
-    files = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
-    files = [f for f in files if not any(fnmatch.fnmatch(f, exclude) for exclude in source.exclude)]
-    if not files:
-        raise UserError(f"data source '{source.path}': no file matches")
-    for file in files:
-        if not os.access(file, os.R_OK):
-            raise UserError(f"data source '{file}': permission denied")
-    return files
+    if source.format == "hub":
+        rows_of_hub = _hub_rows(source, cache_dir, streaming, order)
+        yield from _texts(rows_of_hub, source.text_field, source.path, skipped)
+        return
+    for file in local_files(source) if files is None else files:
+        for text in _texts(rows(file, source.format, source.text_field), source.text_field, file, skipped):
+            if source.format == "text" and "\ufffd" in text:
+                skipped.note_replaced(file)
+            yield text
 
 
-def open_source(source: SourceConfig, *, streaming: bool, cache_dir: str | None = None) -> Any:
-    """A ``datasets.Dataset`` or, streaming, an ``IterableDataset``; a text file is one document.
+def _texts(numbered: Iterable[Row], field: str, file: str, skipped: Skipped) -> Iterator[str]:
+    num_rows = num_missing = 0
+    for number, value in numbered:
+        num_rows += 1
+        skipped.num_rows += 1
+        if isinstance(value, str) and value:
+            yield value
+        elif value is None or value == "":
+            skipped.skip("null" if value is None else "empty", f"{file} row {number}")
+        elif value is MISSING:
+            num_missing += 1
+            skipped.skip(f"without a field '{field}'", f"{file} row {number}")
+        else:
+            raise UserError(
+                f"data source '{file}': row {number}: field '{field}' is {type(value).__name__}, not text: "
+                "set text_field, or mend the file"
+            )
+    if num_rows == 0:
+        skipped.note_empty_file(file)
+    elif num_missing == num_rows:
+        raise UserError(f"data source '{file}': no row has a field '{field}': set text_field, or leave the file out")
+
+
+def _hub_rows(
+    source: SourceConfig, cache_dir: str | None, streaming: bool, order: tuple[int, int] | None
+) -> Iterator[Row]:
+    """The rows of a hub dataset, numbered from 1.
 
     Raises:
-        UserError: naming the file or the hub name that cannot be read.
+        UserError: naming the dataset that cannot be read.
     """
     import datasets
 
@@ -46,65 +80,16 @@ def open_source(source: SourceConfig, *, streaming: bool, cache_dir: str | None 
     if cache_dir is not None:
         options["cache_dir"] = str(Path(cache_dir).expanduser())
     try:
-        if source.format == "hub":
-            return datasets.load_dataset(source.path, source.name, **options)
-        options["split"] = "train"
-        if source.format == "text":
-            options |= {"sample_by": "document", "encoding_errors": "replace"}
-        return datasets.load_dataset(_BUILDERS[source.format], data_files=local_files(source), **options)
-    except UserError:
-        raise
-    except Exception as error:  # datasets wraps a different class for each format
-        raise UserError(_unreadable(source, error)) from error
-
-
-def documents(source: SourceConfig, rows: Any) -> Iterator[str]:
-    """The text of each row.
-
-    Raises:
-        UserError: a row lacks the text field or does not hold a string, or a file is damaged.
-    """
-    field = source.text_field
-    iterator = iter(rows)
-    index = 0
-    while True:
-        try:
-            row = next(iterator)
-        except StopIteration:
-            return
-        except Exception as error:  # a damaged shard surfaces while iterating
-            raise UserError(_unreadable(source, error)) from error
-        if field not in row:
-            raise UserError(
-                f"data source '{source.path}': row {index} has no field '{field}' "
-                f"(it has {', '.join(sorted(row))}): set text_field"
-            )
-        if not isinstance(row[field], str):
-            raise UserError(
-                f"data source '{source.path}': row {index}: field '{field}' is {type(row[field]).__name__}, not text"
-            )
-        yield row[field]
-        index += 1
-
-
-def _unreadable(source: SourceConfig, error: BaseException) -> str:
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-    name = source.path
-    if source.format == "parquet":
-        name = _first_damaged_parquet(source) or name
-    return f"data source '{name}' cannot be read as {source.format}: {text}"
-
-
-def _first_damaged_parquet(source: SourceConfig) -> str | None:
-    """``datasets`` does not say which of many files is damaged; the footers tell."""
-    import pyarrow.parquet
-
-    for file in local_files(source):
-        try:
-            pyarrow.parquet.read_metadata(file)
-        except Exception:
-            return file
-    return None
+        dataset = datasets.load_dataset(source.path, source.name, **options)
+        if source.text_field in (dataset.column_names or []):
+            dataset = dataset.select_columns([source.text_field])
+        if order is not None:
+            dataset = dataset.shuffle(seed=sum(order), buffer_size=1)
+        for number, row in enumerate(dataset, 1):
+            yield number, row.get(source.text_field, MISSING)
+    except Exception as error:  # datasets raises a different class for each way this can fail
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        raise UserError(f"data source '{source.path}' cannot be read from the hub: {reason}") from error

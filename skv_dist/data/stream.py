@@ -4,36 +4,38 @@ Each process reads the whole stream and keeps its own samples. That costs tokeni
 order that does not depend on the number of replicas. For large runs, prepare the data instead.
 """
 
+import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
 from skv_dist.config.data import DataConfig, SourceConfig
-from skv_dist.data.order import blended, held_out
+from skv_dist.data.local_files import local_files
+from skv_dist.data.order import blended, shuffled
 from skv_dist.data.packing import Sample
-from skv_dist.data.sources import documents, open_source
+from skv_dist.data.skipped import Skipped
+from skv_dist.data.sources import documents
+from skv_dist.data.split import is_held_out, text_hash
 from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
 
 
 def _endless_documents(
-    source: SourceConfig, config: DataConfig, seed: int, keep: Callable[[int], bool], cache_dir: str
+    source: SourceConfig, config: DataConfig, seed: int, keep: Callable[[str], bool]
 ) -> Iterator[str]:
-    """Documents for which ``keep(index)``, over and over; shuffled anew within a buffer each epoch."""
+    """Documents for which ``keep(text)``, over and over; shuffled anew within a buffer each epoch."""
     epoch = 0
     while True:
-        rows: Any = open_source(source, streaming=True, cache_dir=cache_dir)
-        rows = rows.map(_number_rows, with_indices=True)
-        if config.shuffle_buffer:
-            rows = rows.shuffle(seed=seed + epoch, buffer_size=config.shuffle_buffer)
-        any_kept = False
-        numbered = _Numbered(rows)
-        for text in documents(source, numbered):
-            if text and keep(numbered.index):
-                any_kept = True
+        skipped = Skipped(source.path, config.max_skipped, streaming=True)
+        num_kept = 0
+        for text in _in_buffer(_one_epoch(source, config, seed, epoch, skipped), config.shuffle_buffer, seed, epoch):
+            if keep(text):
+                num_kept += 1
                 yield text
-        if not any_kept:
+        report = skipped.finish()
+        if report and epoch == 0 and os.environ.get("RANK", "0") == "0":
+            print(report, flush=True)
+        if not num_kept:
             raise UserError(
                 f"data source '{source.path}': an epoch has no document for this part: "
                 "check its content and data.validation_fraction"
@@ -41,21 +43,33 @@ def _endless_documents(
         epoch += 1
 
 
-def _number_rows(row: dict[str, Any], index: int) -> dict[str, Any]:
-    return {**row, "__index__": index}
+def _one_epoch(source: SourceConfig, config: DataConfig, seed: int, epoch: int, skipped: Skipped) -> Iterator[str]:
+    """All texts once; files in a new order each epoch, unless documents keep their order."""
+    order = (seed, epoch) if config.shuffle_buffer else None
+    if source.format == "hub":
+        return documents(source, skipped, cache_dir=config.cache_dir, streaming=True, order=order)
+    files = local_files(source)
+    if order is not None:
+        files = [files[shuffled(i, len(files), seed, "files", epoch)] for i in range(len(files))]
+    return documents(source, skipped, files=files)
 
 
-class _Numbered:
-    """Rows, remembering the number that the last one had before shuffling."""
-
-    def __init__(self, rows: Any) -> None:
-        self._rows = rows
-        self.index = -1
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for row in self._rows:
-            self.index = row["__index__"]
-            yield row
+def _in_buffer(texts: Iterator[str], size: int, seed: int, epoch: int) -> Iterator[str]:
+    """The texts, each drawn among ``size`` that wait."""
+    if size == 0:
+        yield from texts
+        return
+    waiting: list[str] = []
+    for number, text in enumerate(texts):
+        if len(waiting) < size:
+            waiting.append(text)
+            continue
+        block, within = divmod(number, size)
+        place = shuffled(within, size, seed, f"buffer/{block}", epoch)
+        yield waiting[place]
+        waiting[place] = text
+    for place in range(len(waiting)):
+        yield waiting[shuffled(place, len(waiting), seed, "buffer/end", epoch)]
 
 
 def _packed(texts: Iterator[str], tokenizer: Tokenizer, length: int) -> Iterator[Sample]:
@@ -79,6 +93,9 @@ class StreamingSet:
     Args:
         validation: take the held-out documents of the sources instead of the others.
         fraction: share of documents held out.
+
+    Attributes:
+        contents: empty: nobody has read the stream to its end.
     """
 
     def __init__(
@@ -91,6 +108,7 @@ class StreamingSet:
         validation: bool,
         fraction: float,
     ) -> None:
+        self.contents: list[str] = []
         self._weights = [source.weight for source in sources]
         self._seed = seed
         self._make = [self._maker(source, config, tokenizer, seed, validation, fraction) for source in sources]
@@ -102,12 +120,14 @@ class StreamingSet:
     def _maker(
         source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, seed: int, validation: bool, fraction: float
     ) -> Callable[[], Iterator[Sample]]:
-        def keep(index: int) -> bool:
-            return held_out(index, fraction, seed, source.path) == validation
+        def keep(text: str) -> bool:
+            if fraction == 0:
+                return not validation
+            hashes = np.array([text_hash(text)], dtype=np.uint64)
+            return bool(is_held_out(hashes, fraction, config.split_seed)[0]) == validation
 
         def make() -> Iterator[Sample]:
-            texts = _endless_documents(source, config, seed, keep, config.cache_dir)
-            return _packed(texts, tokenizer, config.sequence_length)
+            return _packed(_endless_documents(source, config, seed, keep), tokenizer, config.sequence_length)
 
         return make
 

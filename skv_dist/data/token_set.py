@@ -1,13 +1,15 @@
 """Prepared token sets: Megatron-core's ``.bin``/``.idx`` files, memory-mapped, with a note on how they were made.
 
 A folder holds ``tokens.bin`` and ``tokens.idx`` (megatron.core.datasets.indexed_dataset; any set that Megatron's own
-tools wrote can be put there) and ``meta.json``.
+tools wrote can be put there), ``meta.json``, and ``documents.hash``: 64 bits for the text of each document, which say
+whether it is held out. Sets of Megatron's tools and of earlier versions have no hashes.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,17 +18,32 @@ from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
 from skv_dist.files import new_folder
 
+_HASHES = "documents.hash"
+_SAMPLE = 1 << 16  # tokens
+
 
 def _token_dtype(vocab_size: int) -> type[np.number]:
     return np.uint16 if vocab_size <= 65536 else np.int32
 
 
-def write_prepared(out: Path, token_documents: Iterable[np.ndarray], tokenizer: Tokenizer, sources: list[Any]) -> None:
+class TokenDocument(NamedTuple):
+    """A document on its way to disk.
+
+    Attributes:
+        ids: int [n], without the end token.
+        text_hash: of its text (`skv_dist.data.split.text_hash`).
+    """
+
+    ids: np.ndarray
+    text_hash: int
+
+
+def write_prepared(out: Path, documents: Iterable[TokenDocument], tokenizer: Tokenizer, sources: list[Any]) -> None:
     """Write a prepared set; it appears under ``out`` only once it is complete.
 
     Args:
         out: folder to create; must not exist.
-        token_documents: int64 arrays [n], one a document, without the end token, which is added here.
+        documents: in order; each gets an end token here. Those without tokens are left out.
         sources: what is noted of the origin in ``meta.json``.
 
     Raises:
@@ -38,13 +55,18 @@ def write_prepared(out: Path, token_documents: Iterable[np.ndarray], tokenizer: 
     with new_folder(out) as unfinished:
         builder = IndexedDatasetBuilder(str(unfinished / "tokens.bin"), dtype=_token_dtype(tokenizer.vocab_size))
         num_tokens = num_documents = 0
-        for ids in token_documents:
-            if len(ids) == 0:
-                continue
-            builder.add_item(torch.from_numpy(np.append(ids, tokenizer.end_of_document)))
-            builder.end_document()
-            num_tokens += len(ids) + 1
-            num_documents += 1
+        content = hashlib.sha256()
+        with (unfinished / _HASHES).open("wb") as hashes:
+            for ids, text_hash in documents:
+                if len(ids) == 0:
+                    continue
+                builder.add_item(torch.from_numpy(np.append(ids, tokenizer.end_of_document)))
+                builder.end_document()
+                num_tokens += len(ids) + 1
+                num_documents += 1
+                entry = text_hash.to_bytes(8, "little")
+                hashes.write(entry)
+                content.update(entry)
         if num_documents == 0:
             named = ", ".join(str(source.get("path")) for source in sources)
             raise UserError(f"data source '{named}' holds no text: every document is empty")
@@ -57,6 +79,7 @@ def write_prepared(out: Path, token_documents: Iterable[np.ndarray], tokenizer: 
             "end_of_document": tokenizer.end_of_document,
             "documents": num_documents,
             "tokens": num_tokens,
+            "content": content.hexdigest(),
             "sources": sources,
             "skv_dist": __version__,
         }
@@ -69,6 +92,8 @@ class PreparedSet:
     Attributes:
         tokens: every token of every document, one after another (np.memmap).
         offsets: int64 [documents + 1], where each document starts in ``tokens``.
+        hashes: uint64 [documents], of their texts; None for sets that were made without.
+        content: hexadecimal digits that tell this set's data from another's, wherever it lies.
 
     Raises:
         UserError: a file is missing or damaged, or the set was made with another tokenizer.
@@ -86,9 +111,12 @@ class PreparedSet:
             fingerprint, name = self.meta["tokenizer_fingerprint"], self.meta["tokenizer"]
             index = IndexedDataset(str(folder / "tokens"), mmap=True).index
             lengths = np.asarray(index.sequence_lengths, dtype=np.int64)
+            content = self.meta.get("content")
+            if content is not None:
+                int(content, 16)
         except Exception as error:
             raise UserError(f"prepared data {folder}: meta.json or tokens.idx is damaged") from error
-        if tokenizer is not None and fingerprint != tokenizer.fingerprint():
+        if tokenizer is not None and fingerprint not in tokenizer.fingerprints():
             raise UserError(
                 f"prepared data {folder} was made with tokenizer '{name}', but data.tokenizer is '{tokenizer.name}' "
                 "(or has changed since): prepare the data again or change data.tokenizer"
@@ -99,6 +127,26 @@ class PreparedSet:
         if num_bytes != expected:
             raise UserError(f"prepared data {folder}: tokens.bin has {num_bytes} bytes, tokens.idx says {expected}")
         self.tokens = np.memmap(folder / "tokens.bin", dtype=index.dtype, mode="r")
+        self.hashes = None if content is None else self._read_hashes()
+        self.content: str = content or self._content_of_tokens()
+
+    def _read_hashes(self) -> np.ndarray:
+        file = self.folder / _HASHES
+        if not file.is_file():  # without them other documents would be held out
+            raise UserError(
+                f"prepared data {self.folder}: {_HASHES} is missing: copy it too, or prepare the data again"
+            )
+        num_bytes, expected = file.stat().st_size, 8 * self.num_documents
+        if num_bytes != expected:
+            raise UserError(f"prepared data {self.folder}: {_HASHES} has {num_bytes} bytes instead of {expected}")
+        return np.memmap(file, dtype="<u8", mode="r")
+
+    def _content_of_tokens(self) -> str:
+        """From the lengths of all documents and a sample of the tokens: reading all would take minutes."""
+        digest = hashlib.sha256(self.offsets.astype("<i8").tobytes())
+        for part in (self.tokens[:_SAMPLE], self.tokens[-_SAMPLE:]):
+            digest.update(np.asarray(part, dtype="<i8").tobytes())
+        return digest.hexdigest()
 
     @property
     def num_documents(self) -> int:

@@ -4,38 +4,42 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from skv_dist.config.data import SourceConfig
-from skv_dist.data.sources import documents, local_files, open_source
-from skv_dist.data.token_set import write_prepared
+from skv_dist.data.encoders import encoded
+from skv_dist.data.local_files import local_files
+from skv_dist.data.making import made_once, making
+from skv_dist.data.skipped import Skipped
+from skv_dist.data.sources import documents
+from skv_dist.data.token_set import TokenDocument, write_prepared
 from skv_dist.data.tokenizer import Tokenizer
-
-_BATCH = 64  # documents handed to a worker at once
 
 
 def _tokenized(
-    sources: list[SourceConfig], tokenizer: Tokenizer, workers: int, cache_dir: str | None, progress: bool
-) -> Iterator[np.ndarray]:
-    from multiprocessing import get_context
-
+    sources: list[SourceConfig],
+    tokenizer: Tokenizer,
+    workers: int,
+    cache_dir: str | None,
+    max_skipped: float,
+    progress: bool,
+) -> Iterator[TokenDocument]:
     for source in sources:
-        rows = open_source(source, streaming=False, cache_dir=cache_dir)
+        skipped = Skipped(source.path, max_skipped)
         texts = tqdm(
-            documents(source, rows),
-            total=len(rows),
+            documents(source, skipped, cache_dir=cache_dir),
             desc=f"tokenize {source.path}",
             unit="doc",
             disable=not progress,
         )
-        if workers == 1:
-            yield from map(tokenizer.encode, texts)
-            continue
-        with get_context("spawn").Pool(workers) as pool:
-            yield from pool.imap(tokenizer.encode, texts, chunksize=_BATCH)
+        with closing(texts), closing(encoded(texts, tokenizer, workers)) as done:
+            yield from done
+        report = skipped.finish()
+        if report:
+            print(report, flush=True)
 
 
 def prepare(
@@ -45,21 +49,60 @@ def prepare(
     *,
     workers: int = 1,
     cache_dir: str | None = None,
+    max_skipped: float = 0.1,
     progress: bool = True,
 ) -> None:
     """Tokenize ``sources`` in order into a prepared set at ``out``.
 
+    Args:
+        max_skipped: largest part of a source's documents that may hold no text (``data.max_skipped``).
+
     Raises:
-        UserError: a source cannot be read, holds no text, or ``out`` exists; nothing is left behind.
+        UserError: a source cannot be read, holds no text, or ``out`` exists or is being made; nothing is left behind.
     """
-    token_documents = _tokenized(sources, tokenizer, workers, cache_dir, progress)
-    write_prepared(out, token_documents, tokenizer, [source.model_dump() for source in sources])
+    with making(out):
+        _prepare(sources, tokenizer, out, workers, cache_dir, max_skipped, progress)
 
 
-def cached_folder(source: SourceConfig, tokenizer: Tokenizer, cache_dir: str) -> Path:
-    """Where the prepared form of a raw source is kept; changes with its files, their times and the tokenizer."""
+def _prepare(
+    sources: list[SourceConfig],
+    tokenizer: Tokenizer,
+    out: Path,
+    workers: int,
+    cache_dir: str | None,
+    max_skipped: float,
+    progress: bool,
+) -> None:
+    token_documents = _tokenized(sources, tokenizer, workers, cache_dir, max_skipped, progress)
+    with closing(token_documents):
+        write_prepared(out, token_documents, tokenizer, [source.model_dump() for source in sources])
+
+
+def prepared_once(
+    source: SourceConfig, tokenizer: Tokenizer, *, workers: int, cache_dir: str, max_skipped: float
+) -> Path:
+    """The folder in ``cache_dir`` with the prepared form of a raw source, made by the first process that wants it."""
+    folders = _cached_folders(source, tokenizer, cache_dir)
+    for folder in folders:
+        if folder.exists():
+            return folder
+
+    def make() -> None:
+        _prepare([source], tokenizer, folders[0], workers, cache_dir, max_skipped, True)
+
+    return made_once(folders[0], make)
+
+
+def _cached_folders(source: SourceConfig, tokenizer: Tokenizer, cache_dir: str) -> list[Path]:
+    """Where the prepared form of a raw source is kept; changes with its files, their times and the tokenizer.
+
+    The first is today's; earlier versions knew the same tokenizer by other fingerprints.
+    """
     files = [] if source.format == "hub" else local_files(source)
     state = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    identity = [source.model_dump(exclude={"weight"}), state, tokenizer.fingerprint()]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
-    return Path(cache_dir).expanduser() / "prepared" / digest
+    folders = []
+    for fingerprint in tokenizer.fingerprints():
+        identity = [source.model_dump(exclude={"weight"}), state, fingerprint]
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
+        folders.append(Path(cache_dir).expanduser() / "prepared" / digest)
+    return folders

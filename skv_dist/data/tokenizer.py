@@ -24,6 +24,9 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """Changes whenever the same text could give other ids."""
 
+    def fingerprints(self) -> list[str]:
+        """That of today, and those that earlier versions gave the same tokenizer."""
+
 
 class ByteTokenizer:
     """UTF-8 bytes with the ids of transformers' ByT5 tokenizer: byte b is b + 3; 0 pad, 1 end of document, 2 unknown.
@@ -48,6 +51,9 @@ class ByteTokenizer:
     def fingerprint(self) -> str:
         return "byte-v1"
 
+    def fingerprints(self) -> list[str]:
+        return [self.fingerprint()]
+
 
 class HuggingFaceTokenizer:
     """A tokenizer saved in a folder or named on the hub, through ``transformers.AutoTokenizer`` (``stock``)."""
@@ -63,10 +69,13 @@ class HuggingFaceTokenizer:
         if self.stock.eos_token_id is None:
             raise UserError(f"data.tokenizer '{name}' has no end-of-sequence token, which ends each document")
         self.name = name
-        self.vocab_size = len(self.stock)
+        self.vocab_size = max(len(self.stock), 1 + max(self.stock.get_vocab().values(), default=-1))  # ids have holes
         self.end_of_document = int(self.stock.eos_token_id)
+        self._earlier_fingerprints = self._without_settings()
 
     def encode(self, text: str) -> np.ndarray:
+        if not text.isascii():
+            text = _without_lone_surrogates(text)
         ids = self.stock(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(ids, dtype=np.int64)
 
@@ -74,9 +83,39 @@ class HuggingFaceTokenizer:
         return str(self.stock.decode(ids, skip_special_tokens=True))
 
     def fingerprint(self) -> str:
+        return _digest(f"{self._content()}\n{self.end_of_document}")
+
+    def fingerprints(self) -> list[str]:
+        return [self.fingerprint(), *self._earlier_fingerprints]
+
+    def _content(self) -> str:
         backend = getattr(self.stock, "backend_tokenizer", None)
-        content = backend.to_str() if backend is not None else repr(sorted(self.stock.get_vocab().items()))
-        return hashlib.sha256(content.encode()).hexdigest()[:32]
+        return backend.to_str() if backend is not None else repr(sorted(self.stock.get_vocab().items()))
+
+    def _without_settings(self) -> list[str]:
+        """Clear truncation and padding, which are no part of the tokenizer; return the fingerprints of before.
+
+        Earlier versions took them in, with the settings before the first text and without them behind it.
+        """
+        earlier = [_digest(self._content())]
+        backend = getattr(self.stock, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        return list(dict.fromkeys([*earlier, _digest(self._content())]))
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """Halves of characters, which scraped JSON holds, become U+FFFD: no UTF-8 can say them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
+    return text
 
 
 _FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")

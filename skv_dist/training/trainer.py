@@ -50,6 +50,7 @@ class Trainer:
         self.run, self.derived, self.world, self.engine = run, derived, world, engine
         self.samples = samples
         self.step = 0  # steps behind us
+        self._began = (0, 0)  # the step and sample from which the batch size is that of today
         self.policy = run.policy()
         self.guard = Guard(run.train)
         self.stopped_by: str | None = None
@@ -59,13 +60,18 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run beside weights and optimizer state. All else follows from the step."""
-        samples = self.step * self.run.train.global_batch_size
-        return {"step": self.step, "samples": samples, "guard": self.guard.state()}
+        return {"step": self.step, "samples": self._samples_before(self.step), "guard": self.guard.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         self.step = state["step"]
+        self._began = (state["step"], state["samples"])
         self.guard.restore(state["guard"])
+
+    def _samples_before(self, step: int) -> int:
+        """How many samples the steps before this one read, with whichever batch size each part of the run had."""
+        first_step, first_sample = self._began
+        return first_sample + (step - first_step) * self.run.train.global_batch_size
 
     def fit(self, callbacks: Sequence[Callback] = ()) -> None:
         """Train to the end, or until SIGTERM: then `stopped_by` says so and the step in progress is finished.
@@ -103,7 +109,7 @@ class Trainer:
         def load(step: int) -> list[MicroBatch]:
             batches = micro_batches(
                 self.samples,
-                step * train.global_batch_size,
+                self._samples_before(step),
                 self.derived.num_micro_batches,
                 train.micro_batch_size,
                 self.world.data_rank,
@@ -155,7 +161,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "lr": launched.lr,
             "skipped": self.guard.skipped,
-            "tokens": self.step * self.derived.tokens_per_step,
+            "tokens": self._samples_before(self.step) * self.run.data.sequence_length,
         }
         if self.run.parallel.pipeline > 1:
             metrics["wire_bytes"] = self._sum(launched.wire_bytes)

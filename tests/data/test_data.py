@@ -54,7 +54,7 @@ def _data(tmp_path: Path, source: SourceConfig, **keys: object) -> DataConfig:
 
 
 def _open(config: DataConfig) -> tuple[object, object]:
-    return open_data(config, ByteTokenizer(), 1, True, lambda: None)
+    return open_data(config, ByteTokenizer(), 1, lambda: None)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -1,0 +1,88 @@
+"""Texts to tokens, by several processes that each get the tokenizer once."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+
+import numpy as np
+
+from skv_dist.data.split import text_hash
+from skv_dist.data.token_set import TokenDocument
+from skv_dist.data.tokenizer import Tokenizer
+from skv_dist.errors import UserError
+
+_BATCH_CHARACTERS = 1 << 18  # of text handed to a process at once
+_AHEAD = 4  # batches a process
+
+_tokenizer: Tokenizer | None = None  # of a worker process
+Encoded = list[TokenDocument]
+
+
+def encoded(texts: Iterable[str], tokenizer: Tokenizer, workers: int) -> Iterator[TokenDocument]:
+    """Each text as tokens, in order.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    if workers == 1:
+        yield from (_encode(tokenizer, text) for text in texts)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of torch and tokenizers
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(tokenizer,))
+    try:
+        waiting: deque[Future[Encoded]] = deque()
+        batches = _batches(texts)
+        for batch in islice(batches, workers * _AHEAD):
+            waiting.append(pool.submit(_encode_batch, batch))
+        while waiting:
+            done = waiting.popleft().result()
+            for batch in islice(batches, 1):
+                waiting.append(pool.submit(_encode_batch, batch))
+            yield from done
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a tokenizing process was killed, perhaps for want of memory: lower --workers (in a run: "
+            "data.prepare_workers)"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> TokenDocument:
+    return TokenDocument(tokenizer.encode(text), text_hash(text))
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text) + 256
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _start(tokenizer: Tokenizer) -> None:
+    """In a worker: keep the tokenizer; leave Ctrl-C to the first process, and end with it."""
+    global _tokenizer
+    _tokenizer = tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _encode_batch(texts: list[str]) -> Encoded:
+    assert _tokenizer is not None
+    small = np.int32  # half of what travels back
+    return [TokenDocument(_tokenizer.encode(text).astype(small), text_hash(text)) for text in texts]

@@ -1,0 +1,142 @@
+"""The texts of one local file, row by row; nothing but the text field is looked at."""
+
+import bz2
+import codecs
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from skv_dist.errors import UserError
+
+MISSING = object()  # in place of a text: the row has no such field
+Row = tuple[int, Any]  # number within its file, from 1, and the value of the text field
+
+_SNIFFED = 1 << 16  # bytes from which encodings are judged
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_ARCHIVES = {b"PK\x03\x04": "a zip archive", b"7z\xbc\xaf": "a 7z archive"}
+_OTHER_ENCODINGS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_MAX_UNREADABLE = 0.1  # part of a text's characters that may be no UTF-8; Latin-1 prose has less, binary files more
+
+
+def rows(file: str, file_format: str, field: str) -> Iterator[Row]:
+    """The rows of a file.
+
+    Raises:
+        UserError: it cannot be read as ``file_format``, naming the place in it.
+    """
+    read = {"text": _text, "jsonl": _json, "parquet": _parquet}[file_format]
+    try:
+        yield from read(file, field)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _refusal(file, file_format, str(error) or type(error).__name__) from error
+
+
+def _refusal(file: str, file_format: str, reason: str) -> UserError:
+    return UserError(f"data source '{file}' cannot be read as {file_format}: {' '.join(reason.split())}")
+
+
+def _opened(file: str, file_format: str) -> BinaryIO:
+    """The file, decompressed as its first bytes say, behind the mark of UTF-8 if there is one."""
+    plain = open(file, "rb")  # noqa: SIM115 (closed by the reader of the stream)
+    begin = plain.peek(8)[:8]
+    for magic, name in _ARCHIVES.items():
+        if begin.startswith(magic):
+            raise _refusal(file, file_format, f"it is {name}: unpack it")
+    method = next((name for magic, name in _MAGIC.items() if begin.startswith(magic)), None)
+    stream = io.BufferedReader(_decompressed(plain, method), _SNIFFED) if method else plain
+    begin = stream.peek(4)[:4]
+    if begin.startswith(_OTHER_ENCODINGS):
+        raise _refusal(file, file_format, "it is UTF-16 or UTF-32: convert it to UTF-8")
+    if begin.startswith(codecs.BOM_UTF8):
+        stream.read(len(codecs.BOM_UTF8))
+    return stream
+
+
+def _decompressed(plain: BinaryIO, method: str) -> Any:
+    if method == "gzip":
+        return gzip.GzipFile(fileobj=plain)
+    if method == "bz2":
+        return bz2.BZ2File(plain)
+    if method == "xz":
+        return lzma.LZMAFile(plain)
+    import pyarrow
+
+    if not pyarrow.Codec.is_available("zstd"):
+        raise OSError("this pyarrow has no zstd: pip install pyarrow from PyPI, or decompress the file")
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(plain, mode="r"), "zstd")
+
+
+def _text(file: str, field: str) -> Iterator[Row]:
+    with _opened(file, "text") as stream:
+        data = stream.read()
+    text = data.decode("utf-8", errors="replace")
+    begin = text[:_SNIFFED]
+    unreadable = begin.count("\ufffd") + begin.count("\0")
+    if unreadable > _MAX_UNREADABLE * len(begin):
+        raise _refusal(
+            file, "text", f"{unreadable} of its first {len(begin)} characters are no UTF-8 text: convert or exclude it"
+        )
+    yield 1, text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _json(file: str, field: str) -> Iterator[Row]:
+    with _opened(file, "jsonl") as stream:
+        begin = stream.peek(_SNIFFED)[:_SNIFFED].lstrip()  # type: ignore[attr-defined]
+        if begin.startswith(b"["):
+            yield from _json_list(file, stream.read(), field)
+            return
+        for number, line in enumerate(stream, 1):
+            if line.isspace():
+                continue
+            yield number, _field(_parsed(file, number, line), field, file, f"line {number}")
+
+
+def _parsed(file: str, number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _refusal(file, "jsonl", f"line {number} is not UTF-8: convert or exclude the file") from error
+    except (ValueError, RecursionError) as error:
+        raise _refusal(file, "jsonl", f"line {number} is not a JSON object ({error})") from error
+
+
+def _json_list(file: str, data: bytes, field: str) -> Iterator[Row]:
+    """A file that holds one list of objects, as many named .json do."""
+    try:
+        values = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _refusal(file, "jsonl", "it is not UTF-8: convert or exclude it") from error
+    except (ValueError, RecursionError) as error:
+        raise _refusal(file, "jsonl", f"it begins with [ but is no JSON list ({error})") from error
+    for number, value in enumerate(values, 1):
+        yield number, _field(value, field, file, f"entry {number}")
+
+
+def _field(value: Any, field: str, file: str, place: str) -> Any:
+    if not isinstance(value, dict):
+        raise _refusal(file, "jsonl", f"{place} is not a JSON object")
+    return value.get(field, MISSING)
+
+
+def _parquet(file: str, field: str) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file)
+        names = parquet.schema_arrow.names
+        if field not in names:
+            yield from ((row, MISSING) for row in range(1, parquet.metadata.num_rows + 1))
+            return
+        for batch in parquet.iter_batches(columns=[field], batch_size=1024):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield number, value
+    except pyarrow.ArrowException as error:
+        where = f"behind row {number}: " if number else ""
+        raise _refusal(file, "parquet", f"{where}{error}") from error
