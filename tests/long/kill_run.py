@@ -3,39 +3,27 @@
     python -m tests.long.kill_run --kills 50 --processes 2 --out FILE [section.key=value ...]
 
 After each kill everything that is visible is whole; after the last the run goes on to its end and must be, bit by bit,
-the run that nobody disturbed: losses, weights, optimizer state. The suite does it with a few kills.
+the run that nobody disturbed: losses, weights, optimizer state. The suite does it with a few, inside saves.
 """
 
 import argparse
 import datetime
 import importlib.metadata
 import random
-import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from skv_dist.checkpoint import folder as files
-from skv_dist.checkpoint.load import read_tensors, tensor_shapes
+from tests.support.killing import SAVE_EVERY, Start, killed_run
 from tests.support.processes import Command
-from tests.support.runs import lines_of, losses, start, write_text
-from tests.support.settings import run_settings
+from tests.support.runs import write_text
 
 STEPS_PER_KILL = 50
-SAVE_EVERY = 2
-
-
-def _finish(commands: list[Command]) -> str:
-    """What the first of them printed, once all have ended well."""
-    codes = [command.wait() for command in commands]
-    assert not any(codes), [command.printed for command in commands]
-    return commands[0].printed
 
 
 def _wait_for_a_checkpoint(commands: list[Command], root: Path) -> None:
@@ -45,56 +33,14 @@ def _wait_for_a_checkpoint(commands: list[Command], root: Path) -> None:
         time.sleep(0.01)
 
 
-def killed_run(
-    folder: Path, text: Path, kills: int, processes: int = 1, seed: int = 0, **sections: dict[str, Any]
-) -> Counter[str]:
-    """Counts of what happened.
-
-    Raises:
-        AssertionError: a damaged checkpoint was visible, debris stayed, or the run ended as another one.
-    """
-    steps = STEPS_PER_KILL * kills
-
-    def given(name: str) -> dict[str, Any]:
-        changed = {**sections, "checkpoint": {"every": SAVE_EVERY, **sections.get("checkpoint", {})}}
-        changed["train"] = {"steps": steps, "tensorboard": False, **sections.get("train", {})}
-        return run_settings(text, folder / name, **{"eval": {"every": 0}, **changed})
-
-    _finish(start(folder / "whole.yaml", given("whole"), processes))
-    out = folder / "killed"
-    root = out / "checkpoints"
-    chance = random.Random(seed)
-    seen: Counter[str] = Counter()
-    for _ in range(kills):
-        started = start(folder / "killed.yaml", given("killed"), processes)
-        if chance.random() < 0.1:
-            time.sleep(chance.uniform(0, 10))
-            seen["killed up to 10 s after the start"] += 1
-        else:
-            _wait_for_a_checkpoint(started, root)
-            time.sleep(chance.uniform(0, 1.0))
-        seen["killed while running"] += all(command.returncode is None for command in started)
-        for command in started:
-            command.send_signal(signal.SIGKILL)
-        for command in started:
-            command.wait()
-        outputs = [command.printed for command in started]
-        seen["killed inside a save"] += root.exists() and any(p.name.endswith(".writing") for p in root.iterdir())
-        seen["resumed"] += "resumed from" in outputs[0]
-        assert "is damaged" not in outputs[0], outputs
-        for checkpoint in files.existing(root):
-            files.verify(checkpoint)  # what is visible is whole
-    last = _finish(start(folder / "killed.yaml", given("killed"), processes))
-    assert "resumed from" in last, (seen, last)
-
-    assert [line["step"] for line in lines_of(out)] == list(range(1, steps + 1))
-    assert losses(lines_of(out)) == losses(lines_of(folder / "whole"))
-    ends = [files.folder_of(folder / name / "checkpoints", steps) for name in ("killed", "whole")]
-    names = list(tensor_shapes(ends[0]))
-    found, expected = (read_tensors(end, names) for end in ends)
-    assert all(torch.equal(found[name], expected[name]) for name in names)
-    assert not [path.name for path in root.iterdir() if path.name.startswith(".")]
-    return seen
+def kill_at_random_times(begin: Start, chance: random.Random, root: Path) -> tuple[list[Command], str]:
+    commands = begin()
+    if chance.random() < 0.1:
+        time.sleep(chance.uniform(0, 10))
+        return commands, "killed up to 10 s after the start"
+    _wait_for_a_checkpoint(commands, root)
+    time.sleep(chance.uniform(0, 1.0))
+    return commands, "killed up to 1 s after a checkpoint"
 
 
 def main() -> int:
@@ -115,7 +61,14 @@ def main() -> int:
         (Path(folder) / "text").mkdir()
         write_text(Path(folder) / "text")
         seen = killed_run(
-            Path(folder), Path(folder) / "text", arguments.kills, arguments.processes, arguments.seed, **sections
+            Path(folder),
+            Path(folder) / "text",
+            arguments.kills,
+            kill_at_random_times,
+            STEPS_PER_KILL,
+            arguments.processes,
+            arguments.seed,
+            **sections,
         )
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "megatron-core", "deepspeed"))
     line = (

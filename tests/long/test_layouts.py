@@ -1,13 +1,26 @@
-"""Every layout that up to four processes hold; the short suite runs a selection of them."""
+"""Every layout that up to four processes hold, and costly ones of other models; the short suite runs a selection."""
 
 from typing import Any
 
 import pytest
 
-from tests.support.compare import compare
-from tests.support.layouts import Layout, every_layout
+from tests.support.compare import compare, needs_compiler
+from tests.support.layouts import VARIANTS, Layout, every_layout
 
 
 @pytest.mark.parametrize("layout", every_layout(), ids=str)
 def test_layout_equals_one_process(workers: Any, layout: Layout) -> None:
     compare(workers, layout.processes, layout.settings())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v)))
+@pytest.mark.parametrize("zero_stage", range(4))
+def test_model_variants_equal_one_process(workers: Any, variant: dict[str, Any], zero_stage: int) -> None:
+    layout = Layout(tensor=2, sequence_parallel=True, replicas=2, zero_stage=zero_stage, recompute="full")
+    compare(workers, layout.processes, layout.settings(**variant))
+
+
+@needs_compiler
+@pytest.mark.parametrize("layout", [Layout(tensor=4), Layout(tensor=2, replicas=2, zero_stage=3)], ids=str)
+def test_compiled_equals_one_process(workers: Any, layout: Layout) -> None:
+    compare(workers, layout.processes, layout.settings(train={"compile": True}))

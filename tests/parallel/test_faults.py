@@ -8,8 +8,8 @@ import pytest
 from tests.support import faults
 from tests.support.compare import TOLERANCE, check, needs_compiler, one_process
 from tests.support.jobs import parity
-from tests.support.layouts import Layout
-from tests.support.settings import BASE, config
+from tests.support.layouts import SMALL, Layout
+from tests.support.settings import config
 
 
 def named(fault: Any, layout: Layout) -> Any:
@@ -19,7 +19,7 @@ def named(fault: Any, layout: Layout) -> Any:
 
 @pytest.mark.parametrize(("fault", "layout"), [named(*case) for case in faults.FAULTS])
 def test_fault_is_noticed(workers: Any, fault: str, layout: Layout) -> None:
-    settings = layout.settings(compile=fault == "gradients_reduced_as_they_arrive")
+    settings = layout.settings(train={"compile": fault == "gradients_reduced_as_they_arrive"})
     # Without the flag's cure the gradients are wrong, and the second step fails as well: none is made.
     steps = 0 if fault == "backward_seen_flag_kept" else parity.STEPS
     expected = one_process(workers, settings, steps)
@@ -63,10 +63,10 @@ def test_two_backwards_without_a_forward_between_them(workers: Any, zero: int, p
 
 def test_bf16_accumulates_in_fp32(workers: Any) -> None:
     """bf16 gradients of many micro-batches are as close to fp32's as those of the engine without DeepSpeed."""
-    expected = one_process(workers, BASE)
+    expected = one_process(workers, config(model=SMALL))
 
     def error(parallel: dict[str, Any], processes: int) -> float:
-        settings = config(parallel=parallel, train={"precision": "bf16"})
+        settings = config(model=SMALL, parallel=parallel, train={"precision": "bf16"})
         found = workers(processes)(parity.train, settings)[0]
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=5e-3)
         np.testing.assert_allclose(found["norms"], expected["norms"], rtol=5e-2)

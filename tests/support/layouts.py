@@ -6,6 +6,17 @@ from typing import Any, NamedTuple
 
 from tests.support.settings import config
 
+# Over a pipeline a model has two layers a chunk, or one; without one the lower half shows as much in half the time.
+SMALL = {"num_layers": 4}
+VARIANTS: list[dict[str, dict[str, Any]]] = [
+    {"model": {"norm": "layernorm", "activation": "gelu", "qk_norm": False, "tie_embeddings": True}},
+    {
+        "model": {"block": "gemma4", "activation": "geglu", "qk_norm": True, "tie_embeddings": True},
+        "optimizer": {"lr": 1e-3},  # with the others' it runs away, and rounding with it
+    },
+    {"data": {"reset_attention": True}},
+]
+
 
 class Layout(NamedTuple):
     """How a model is spread over processes, and what it trains with."""
@@ -30,14 +41,16 @@ class Layout(NamedTuple):
         keys = ("tensor", "sequence_parallel", "pipeline", "virtual_pipeline", "zero_stage")
         return {key: getattr(self, key) for key in keys}
 
-    def settings(self, **train: Any) -> dict[str, Any]:
-        return config(
-            parallel=self.parallel,
-            train={"recompute": self.recompute, "recompute_modules": ["core_attn", "mlp"], **train},
-            routing={"policy": self.policy, "shared_layers": 3},
-            # Over a pipeline two layers a chunk, or one; without one the lower half shows as much in half the time.
-            model={"tie_embeddings": self.tie_embeddings, "num_layers": 8 if self.pipeline > 1 else 4},
-        )
+    def settings(self, **sections: dict[str, Any]) -> dict[str, Any]:
+        """Of a training, with keys of some sections replaced."""
+        model = {} if self.pipeline > 1 else SMALL
+        own: dict[str, dict[str, Any]] = {
+            "parallel": self.parallel,
+            "train": {"recompute": self.recompute, "recompute_modules": ["core_attn", "mlp"]},
+            "routing": {"policy": self.policy, "shared_layers": 3},
+            "model": {"tie_embeddings": self.tie_embeddings, **model},
+        }
+        return config(**{name: {**own.get(name, {}), **sections.get(name, {})} for name in {**own, **sections}})
 
     def __str__(self) -> str:
         """``TP2-SP-PP2-ZeRO1-full-r_cla``."""

@@ -71,7 +71,7 @@ def places(rank: int, size: int, port: int) -> dict[str, str]:
 class Command:
     """``python -m module arguments``, or ``python script arguments``, in a process of its own.
 
-    Its output goes to a file, that of stderr to another where one is given.
+    Its output goes to a file, that of stderr to another where one is given. ``first`` is called before anything else.
     """
 
     def __init__(
@@ -81,12 +81,13 @@ class Command:
         environment: Mapping[str, str],
         output: Path,
         errors: Path | None = None,
+        first: Callable[[], None] | None = None,
     ) -> None:
         self._output = output
         files = [str(output), str(errors or output)]
         for file in files:
             Path(file).write_text("")
-        self._process = fork(_run, module, list(arguments), dict(environment), files, daemon=False)
+        self._process = fork(_run, module, list(arguments), dict(environment), files, first, daemon=False)
 
     @property
     def printed(self) -> str:
@@ -108,11 +109,19 @@ class Command:
             os.kill(self._process.pid, number)
 
 
-def _run(module: str, arguments: list[str], environment: dict[str, str], files: list[str]) -> None:
+def _run(
+    module: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    files: list[str],
+    first: Callable[[], None] | None,
+) -> None:
     os.environ.update(environment)
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     sys.argv = [module, *arguments]
+    if first is not None:
+        first()
     if module.endswith(".py"):
         sys.path.insert(0, str(Path(module).parent))
         runpy.run_path(module, run_name="__main__")

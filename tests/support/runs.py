@@ -1,6 +1,7 @@
 """Texts to train on, whole runs as processes, and what comes out of them."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,20 @@ def write_text(folder: Path) -> None:
         (folder / f"{number}.txt").write_text(" ".join(words))
 
 
-def start(file: Path, given: dict[str, Any], processes: int = 1) -> list[Command]:
-    """``skv-train`` on ``given``, written to ``file``, as so many processes."""
+def start(
+    file: Path, given: dict[str, Any], processes: int = 1, first: Mapping[int, Callable[[], None]] | None = None
+) -> list[Command]:
+    """``skv-train`` on ``given``, written to ``file``, as so many processes; ``first``: what a rank does before."""
     file.write_text(yaml.safe_dump(given))
     port = free_port()
     return [
-        Command(TRAIN, [str(file)], places(rank, processes, port), file.with_suffix(f".{rank}.log"))
+        Command(
+            TRAIN,
+            [str(file)],
+            places(rank, processes, port),
+            file.with_suffix(f".{rank}.log"),
+            first=(first or {}).get(rank),
+        )
         for rank in range(processes)
     ]
 
