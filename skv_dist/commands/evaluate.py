@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
 def _configuration(arguments: argparse.Namespace) -> RunConfig:
     """That of the checkpoint with what the command line asks for, checked against the number of processes."""
     from skv_dist.checkpoint.frozen_model import config_of
-    from skv_dist.parallel.processes import groups
+    from skv_dist.parallel.processes import launcher
 
     asked = [] if arguments.retention is None else [f"eval.retention={json.dumps(arguments.retention)}"]
     if arguments.samples is not None:
@@ -94,7 +94,7 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
     run = config_of(arguments.checkpoint, [*asked, *arguments.overrides])
     if arguments.new_tokens < 1 or arguments.temperature < 0:
         raise UserError("--new-tokens must be at least 1 and --temperature at least 0")
-    derive(run, groups.world_size_from_environment())
+    derive(run, launcher.world_size())
     return run
 
 

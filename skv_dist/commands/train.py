@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from skv_dist.commands.entry_point import entry_point
+from skv_dist.commands.entry_point import INTERRUPTED, entry_point
 from skv_dist.config.load import load_config
 from skv_dist.config.run import Derived, RunConfig, derive
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # torch is imported once the configuration is known to be goo
     from skv_dist.data.tokenizer import Tokenizer
     from skv_dist.parallel.processes.groups import World
     from skv_dist.training.callbacks import Callback
+    from skv_dist.training.stop import StopRequest
     from skv_dist.training.trainer import Trainer
 
 
@@ -50,29 +52,35 @@ def parse(argv: list[str]) -> RunConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
-def train(run: RunConfig) -> None:
+def train(run: RunConfig) -> signal.Signals | None:
     """One run from start to end. Called on every process; leaves the process groups standing.
+
+    Returns:
+        The signal that ended it early, if one did: the same on all processes.
 
     Raises:
         UserError: whatever the user can mend.
     """
     from skv_dist.data.tokenizer import load_tokenizer
     from skv_dist.model.megatron_config import check_device, transformer_impl
-    from skv_dist.parallel.processes import groups
+    from skv_dist.parallel.processes import groups, launcher
     from skv_dist.parallel.processes.heartbeat import naming_lost_peers
+    from skv_dist.training.stop import StopRequest
 
     # What can be told without the other processes is told before they meet.
-    derived = derive(run, groups.world_size_from_environment())
+    derived = derive(run, launcher.world_size())
     check_device(run)
     transformer_impl(run)
     tokenizer = load_tokenizer(run.data.tokenizer)
     run = run.for_vocabulary(tokenizer.vocab_size)
     world = groups.start(run.parallel)
-    with naming_lost_peers(run.parallel):
-        _train_in_world(run, derived, tokenizer, world)
+    with naming_lost_peers(run.parallel), StopRequest() as stop:
+        return _train_in_world(run, derived, tokenizer, world, stop)
 
 
-def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World") -> None:
+def _train_in_world(
+    run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World", stop: "StopRequest"
+) -> signal.Signals | None:
     import torch.distributed as dist
 
     from skv_dist.checkpoint import resume
@@ -109,13 +117,14 @@ def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", wo
         output_folder.begin(out, run, trainer.step)
         _announce(trainer, start)
     first_step = trainer.step
-    trainer.fit(callbacks)
+    trainer.fit(callbacks, stop)
     if run.checkpoint.at_end and trainer.step not in (first_step, saver.saved_step):
         saver.save(trainer.step, state())
     saver.close()
     trainer.engine.close()
     if trainer.stopped_by and world.is_first:
-        print(f"stopped by {trainer.stopped_by} after step {trainer.step}", flush=True)
+        print(f"stopped by {trainer.stopped_by.name} after step {trainer.step}", flush=True)
+    return trainer.stopped_by
 
 
 def _load_weights(trainer: "Trainer", start: Path | None) -> None:
@@ -167,12 +176,12 @@ def _announce(trainer: "Trainer", start: Path | None) -> None:
 @entry_point
 def main(argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    train(parse(argv))
+    stopped_by = train(parse(argv))
 
     from skv_dist.parallel.processes import groups
 
     groups.stop()
-    return 0
+    return INTERRUPTED if stopped_by == signal.SIGINT else 0
 
 
 if __name__ == "__main__":
