@@ -82,7 +82,8 @@ def report_once(line: str) -> None:
     first = True
     if error_file:
         with contextlib.suppress(OSError):
-            Path(error_file).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}))
+            extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+            Path(error_file).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
         mark = Path(error_file).parent.parent / f"said.{hashlib.sha256(line.encode()).hexdigest()[:16]}"
         try:
             mark.touch(exist_ok=False)

@@ -62,7 +62,7 @@ def test_a_refusal_is_printed_once_on_a_host_under_torchrun(tmp_path: Path) -> N
         process = started(REFUSES, message, TORCHELASTIC_ERROR_FILE=str(folder / "error.json"))
         printed.append(process.communicate()[1])
         codes.append(process.returncode)
-        assert json.loads((folder / "error.json").read_text())["message"] == f"skv-any: error: {message}"
+        assert json.loads((folder / "error.json").read_text())["message"]["message"] == f"skv-any: error: {message}"
     assert printed == ["skv-any: error: no such file\n", "", "skv-any: error: another\n"]
     assert codes == [2, 2, 2]
 
@@ -74,11 +74,11 @@ def test_a_refusal_is_never_lost(tmp_path: Path) -> None:
 
 
 def told_to_torchrun(folder: str) -> tuple[str, int]:
-    """What torchrun reads in the error file for its summary, and the time by which it finds the first failure."""
+    """torchrun's summary, made of the error file, and the time by which it finds the first failure."""
     import os
     from unittest import mock
 
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     from skv_dist.commands.entry_point import report_once
 
@@ -87,10 +87,10 @@ def told_to_torchrun(folder: str) -> tuple[str, int]:
     with mock.patch.dict(os.environ, {"TORCHELASTIC_ERROR_FILE": file}):
         report_once("skv-train: error: no such file")
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=file)
-    return failure.message, failure.timestamp
+    return ChildFailedError("skv-train", {0: failure}).format_msg(), failure.timestamp
 
 
 def test_torchrun_repeats_the_refusal_in_its_summary(workers: Any, tmp_path: Path) -> None:
-    message, timestamp = workers(1)(told_to_torchrun, str(tmp_path))[0]
-    assert message == "skv-train: error: no such file"
+    summary, timestamp = workers(1)(told_to_torchrun, str(tmp_path))[0]
+    assert "traceback : skv-train: error: no such file\n" in summary
     assert timestamp > 0
