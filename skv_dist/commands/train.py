@@ -100,7 +100,7 @@ def _train_in_world(
         clean(checkpoints)
     start = resume.choose(run, checkpoints, tokenizer.fingerprint())
     trainer = Trainer(run, derived, world, create_engine(run, world.device), samples)
-    _load_weights(trainer, start)
+    _restore(trainer, start)
     saver = Saver(trainer.engine, run, checkpoints)
 
     def state() -> dict[str, Any]:
@@ -127,8 +127,8 @@ def _train_in_world(
     return trainer.stopped_by
 
 
-def _load_weights(trainer: "Trainer", start: Path | None) -> None:
-    """From the checkpoint to go on from, or else the one to begin with (``checkpoint.init_from``), if any."""
+def _restore(trainer: "Trainer", start: Path | None) -> None:
+    """Go on from the checkpoint ``start``, or else begin with the weights of ``checkpoint.init_from``, if any."""
     from skv_dist.checkpoint.folder import read_state
     from skv_dist.checkpoint.load import load_checkpoint, verify_everywhere
 

@@ -86,7 +86,7 @@ class Trainer:
             work = next(coming, None)
             while work and not self.stopped_by:
                 began = time.perf_counter()
-                launched = self.launch(work, stop.number if stop is not None else 0)
+                launched = self.launch(work, stop)
                 try:
                     work = next(coming, None)  # while the device is busy
                 finally:  # whatever is wrong with the next batch, this step is recorded and saved
@@ -119,11 +119,12 @@ class Trainer:
             keys = (DrawKey(train.seed, step, batch.index) for batch in batches)
             yield [(batch.to(device), self.policy.plan(key)) for batch, key in zip(batches, keys)]
 
-    def launch(self, work: list[Work], stop_signal: int = 0) -> LaunchedStep:
+    def launch(self, work: list[Work], stop: StopRequest | None = None) -> LaunchedStep:
         """Queue one step. Its results are on the device, which decides by itself whether to update.
 
         Args:
-            stop_signal: number of the signal by which this process was asked to stop, 0 if it was not.
+            stop: says whether the run is to end. Looked at behind the backward, which takes most of the step's time:
+                what is asked for meanwhile still counts for this step.
         """
         run, engine, device = self.run, self.engine, self.world.device
         batches, plans = [batch for batch, _ in work], [plan for _, plan in work]
@@ -134,9 +135,10 @@ class Trainer:
         batch = run_batch(engine, run, batches, plans, num_predictions=count_predictions(batches), train=True)
         mean = batch.loss.double()
         refused = ~(mean.isfinite() & (mean <= self.guard.limit))
-        skip_update, stop = self._largest_anywhere(refused, torch.full((), stop_signal, device=device))
+        stop_signal = torch.full((), stop.number if stop is not None else 0, device=device)
+        skip_update, stop_signal = self._largest_anywhere(refused, stop_signal)
         outcome = engine.step(skip_update.bool())
-        results = (mean, outcome.grad_norm, outcome.applied, stop)
+        results = (mean, outcome.grad_norm, outcome.applied, stop_signal)
         return LaunchedStep(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)
 
     def _finish(self, launched: LaunchedStep) -> Metrics:
