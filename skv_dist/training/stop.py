@@ -14,15 +14,19 @@ _INTERRUPTED = 130  # the exit code of a process that Ctrl-C ended, as shells ha
 _ONE_PRESS_SECONDS = 1.0  # a launcher may pass one Ctrl-C on twice, also as a SIGTERM
 
 
+# Where processes, or one after the other, got both, it was a Ctrl-C that a launcher passed on in its own way.
+BY_WEIGHT = (None, signal.SIGTERM, signal.SIGINT)
+
+
 class StopRequest:
-    """What asked the run to stop: 0, or the number of the first signal that came since `defer`.
+    """What asked the run to stop since `defer`, as an index of `BY_WEIGHT`; 0: nothing did.
 
     A second Ctrl-C ends the process at once. A thread takes the signals: the main thread may wait in a collective for
     long, and would not run a handler meanwhile. As a context manager it puts back what `defer` has changed.
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.weight = 0
         self._says_so = False
         self._handlers: dict[int, Any] = {}
         self._interrupted: float | None = None
@@ -59,7 +63,7 @@ class StopRequest:
             self._interrupted = now
             if self._says_so:
                 print("stopping after this step; Ctrl-C again ends at once", file=sys.stderr, flush=True)
-        self.number = self.number or number
+        self.weight = max(self.weight, BY_WEIGHT.index(signal.Signals(number)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -18,13 +18,13 @@ from skv_dist.routing.draw import DrawKey
 from skv_dist.training.callbacks import Callback, Metrics
 from skv_dist.training.guard import Guard
 from skv_dist.training.schedule import lr_at
-from skv_dist.training.stop import StopRequest
+from skv_dist.training.stop import BY_WEIGHT, StopRequest
 from skv_dist.training.throughput import flops_per_token, peak_flops, peak_memory_bytes
 
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step that is on its way; ``results``: loss, gradient norm, whether it was applied, signal to stop by."""
+    """A step that is on its way; ``results``: loss, gradient norm, whether it was applied, what asks to stop."""
 
     results: torch.Tensor
     lr: float
@@ -135,15 +135,15 @@ class Trainer:
         batch = run_batch(engine, run, batches, plans, num_predictions=count_predictions(batches), train=True)
         mean = batch.loss.double()
         refused = ~(mean.isfinite() & (mean <= self.guard.limit))
-        stop_signal = torch.full((), stop.number if stop is not None else 0, device=device)
-        skip_update, stop_signal = self._largest_anywhere(refused, stop_signal)
+        asked = torch.full((), stop.weight if stop is not None else 0, device=device)
+        skip_update, asked = self._largest_anywhere(refused, asked)
         outcome = engine.step(skip_update.bool())
-        results = (mean, outcome.grad_norm, outcome.applied, stop_signal)
+        results = (mean, outcome.grad_norm, outcome.applied, asked)
         return LaunchedStep(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)
 
     def _finish(self, launched: LaunchedStep) -> Metrics:
         """Wait for a step, and judge it."""
-        loss, grad_norm, applied, stop_signal = launched.results.tolist()
+        loss, grad_norm, applied, asked = launched.results.tolist()
         objection = self.guard.objection(loss)
         if not applied and objection is None:
             objection = f"the gradient norm is {grad_norm}"
@@ -151,8 +151,7 @@ class Trainer:
         if objection is not None and self.world.is_first:
             print(f"step {self.step}: update skipped: {objection}", flush=True)
         self.guard.record(self.step, loss, objection)
-        if stop_signal:
-            self.stopped_by = signal.Signals(int(stop_signal))
+        self.stopped_by = BY_WEIGHT[int(asked)]
         metrics: Metrics = {
             "loss": loss,
             "grad_norm": grad_norm,

@@ -15,10 +15,11 @@ from tests.support.settings import run_settings
 
 STEPS = """
 import time
-while not stop.number:
+while not stop.weight:
     time.sleep(0.01)
 time.sleep(0.3)
-print(signal.Signals(stop.number).name)
+from skv_dist.training.stop import BY_WEIGHT
+print(BY_WEIGHT[stop.weight].name)
 """
 # A collective that does not end: the main thread never comes back to Python.
 STUCK = """
@@ -69,14 +70,14 @@ def test_a_second_ctrl_c_ends_a_process_that_is_stuck(again: signal.Signals) -> 
 
 
 def test_one_ctrl_c_that_a_launcher_passes_on_twice_is_one() -> None:
-    from skv_dist.training.stop import StopRequest
+    from skv_dist.training.stop import BY_WEIGHT, StopRequest
 
     stop = StopRequest()
     with mock.patch("time.monotonic", return_value=7.0), mock.patch("os._exit", side_effect=AssertionError):
-        stop._take(signal.SIGINT)
         stop._take(signal.SIGTERM)
         stop._take(signal.SIGINT)
-    assert stop.number == signal.SIGINT
+        stop._take(signal.SIGTERM)
+    assert BY_WEIGHT[stop.weight] == signal.SIGINT
     with mock.patch("time.monotonic", return_value=8.5), mock.patch("os._exit") as ended:
         stop._take(signal.SIGTERM)
     ended.assert_called_once_with(130)

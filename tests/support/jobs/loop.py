@@ -118,7 +118,7 @@ def steps_until_sigterm_within(settings: dict[str, Any], step: int) -> tuple[int
         calls += 1
         if calls == step:
             os.kill(os.getpid(), signal.SIGTERM)
-            while not stop.number:  # a thread takes it
+            while not stop.weight:  # a thread takes it
                 time.sleep(0.01)
         return right(*args, **keywords)
 
