@@ -4,7 +4,7 @@
 # GPUS: processes per node (default: all GPUs, else 2).
 set -euo pipefail
 if [ -z "${GPUS:-}" ]; then
-    GPUS=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+    GPUS=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
     [ "$GPUS" -gt 0 ] || GPUS=2
 fi
 # Seconds from SIGTERM or Ctrl-C until torchrun kills its processes: the step, an evaluation and the save must fit.

@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
 def _configuration(arguments: argparse.Namespace) -> RunConfig:
     """The checkpoint's configuration with what the command line asks for, checked against the number of processes."""
     from skv_dist.checkpoint.frozen_model import config_of
-    from skv_dist.parallel.processes import groups
+    from skv_dist.parallel.processes import launcher
 
     asked = [] if arguments.retention is None else [f"eval.retention={json.dumps(arguments.retention)}"]
     if arguments.samples is not None:
@@ -100,7 +100,7 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
         raise UserError(
             f"--prompt and parallel.pipeline {run.parallel.pipeline} do not work together: leave out one of them"
         )
-    derive(run, groups.world_size_from_environment())
+    derive(run, launcher.world_size())
     return run
 
 

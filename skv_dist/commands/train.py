@@ -2,11 +2,12 @@
 
 import argparse
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from skv_dist.commands.entry_point import entry_point
+from skv_dist.commands.entry_point import INTERRUPTED, entry_point
 from skv_dist.config.load import load_config
 from skv_dist.config.run import Derived, RunConfig, derive
 from skv_dist.errors import UserError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # torch is imported once the configuration is known to be goo
     from skv_dist.data.tokenizer import Tokenizer
     from skv_dist.parallel.processes.groups import World
     from skv_dist.training.callbacks import Callback
+    from skv_dist.training.stop import StopRequest
     from skv_dist.training.trainer import Trainer
 
 
@@ -51,26 +53,30 @@ def parse(argv: list[str]) -> RunConfig:
     return load_config(arguments.config, arguments.overrides)
 
 
-def train(run: RunConfig) -> None:
+def train(run: RunConfig) -> signal.Signals | None:
     """One run from start to end. Called on every process; leaves the process groups standing.
+
+    Returns:
+        The signal that ended it early, if one did: the same on all processes.
 
     Raises:
         UserError: whatever the user can mend.
     """
     from skv_dist.data.tokenizer import load_tokenizer
     from skv_dist.model.megatron_config import check_device, transformer_impl
-    from skv_dist.parallel.processes import groups
+    from skv_dist.parallel.processes import groups, launcher
     from skv_dist.parallel.processes.heartbeat import naming_lost_peers
+    from skv_dist.training.stop import StopRequest
 
     # What can be told without the other processes is told before they meet.
-    derived = derive(run, groups.world_size_from_environment())
+    derived = derive(run, launcher.world_size())
     check_device(run)
     transformer_impl(run)
     tokenizer = load_tokenizer(run.data.tokenizer)
     run = run.for_vocabulary(tokenizer.vocab_size)
     world = groups.start(run.parallel)
-    with naming_lost_peers(run.parallel):
-        _train_in_world(run, derived, tokenizer, world)
+    with naming_lost_peers(run.parallel), StopRequest() as stop:
+        return _train_in_world(run, derived, tokenizer, world, stop)
 
 
 class RunData(NamedTuple):
@@ -81,7 +87,9 @@ class RunData(NamedTuple):
     state: dict[str, Any]
 
 
-def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World") -> None:
+def _train_in_world(
+    run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World", stop: "StopRequest"
+) -> signal.Signals | None:
     from skv_dist.checkpoint import resume
     from skv_dist.training import output_folder
     from skv_dist.training.lock import FolderLock
@@ -92,7 +100,7 @@ def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", wo
     _claim(out, run, world)
     lock = FolderLock(out)
     try:
-        _train_in_folder(run, derived, tokenizer, world, start, data)
+        return _train_in_folder(run, derived, tokenizer, world, stop, start, data)
     finally:
         lock.release()
 
@@ -131,8 +139,14 @@ def _claim(out: Path, run: RunConfig, world: "World") -> None:
 
 
 def _train_in_folder(
-    run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World", start: Path | None, data: RunData
-) -> None:
+    run: RunConfig,
+    derived: Derived,
+    tokenizer: "Tokenizer",
+    world: "World",
+    stop: "StopRequest",
+    start: Path | None,
+    data: RunData,
+) -> signal.Signals | None:
     from skv_dist.checkpoint import resume
     from skv_dist.checkpoint.save import Saver
     from skv_dist.parallel.engines.create import create_engine
@@ -164,7 +178,7 @@ def _train_in_folder(
         _announce(trainer, start)
     first_step = trainer.step
     try:
-        trainer.fit(callbacks)
+        trainer.fit(callbacks, stop)
     except UserError:
         saver.finish_pending()
         raise
@@ -174,6 +188,7 @@ def _train_in_folder(
     saver.close()
     trainer.engine.close()
     _report_end(trainer, saver, callbacks, start)
+    return trainer.stopped_by
 
 
 def _report_end(trainer: "Trainer", saver: "Saver", callbacks: list["Callback"], start: Path | None) -> None:
@@ -192,7 +207,7 @@ def _report_end(trainer: "Trainer", saver: "Saver", callbacks: list["Callback"],
     if problems:
         raise UserError(f"{'; '.join(problems)}; mend that and start the run again")
     if trainer.stopped_by and trainer.world.is_first:
-        print(f"stopped by {trainer.stopped_by} after step {trainer.step}", flush=True)
+        print(f"stopped by {trainer.stopped_by.name} after step {trainer.step}", flush=True)
 
 
 def _restore(trainer: "Trainer", start: Path | None, begin_with: Path | None) -> None:
@@ -243,12 +258,12 @@ def _announce(trainer: "Trainer", start: Path | None) -> None:
 @entry_point
 def main(argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    train(parse(argv))
+    stopped_by = train(parse(argv))
 
     from skv_dist.parallel.processes import groups
 
     groups.stop()
-    return 0
+    return INTERRUPTED if stopped_by == signal.SIGINT else 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +18,13 @@ from skv_dist.routing.draw import DrawKey
 from skv_dist.training.callbacks import Callback, Metrics
 from skv_dist.training.guard import Guard
 from skv_dist.training.schedule import lr_at
+from skv_dist.training.stop import BY_WEIGHT, StopRequest
 from skv_dist.training.throughput import flops_per_token, peak_flops, peak_memory_bytes
 
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step that is on its way; ``results``: loss, gradient norm, whether it was applied, whether to stop."""
+    """A step that is on its way; ``results``: loss, gradient norm, whether it was applied, what asks to stop."""
 
     results: torch.Tensor
     lr: float
@@ -53,7 +53,7 @@ class Trainer:
         self._began = (0, 0)  # the step and sample from which the batch size is that of today
         self.policy = run.policy()
         self.guard = Guard(run.train)
-        self.stopped_by: str | None = None
+        self.stopped_by: signal.Signals | None = None
         peak = peak_flops(world.device)
         flops = flops_per_token(run)
         self._mfu_per_token_rate = flops / (peak * world.size) if peak else None
@@ -73,11 +73,12 @@ class Trainer:
         first_step, first_sample = self._began
         return first_sample + (step - first_step) * self.run.train.global_batch_size
 
-    def fit(self, callbacks: Sequence[Callback] = ()) -> None:
-        """Train to the end, or until SIGTERM: then `stopped_by` says so and the step in progress is finished.
+    def fit(self, callbacks: Sequence[Callback] = (), stop: StopRequest | None = None) -> None:
+        """Train to the end, or until a signal: then `stopped_by` names it and the step in progress is finished.
 
         Args:
             callbacks: called in this order at each step of this rank.
+            stop: takes the signals, also behind the return, when the last save is still to come.
 
         Raises:
             UserError: too many updates in a row had to be skipped.
@@ -85,19 +86,25 @@ class Trainer:
         try:
             for callback in callbacks:
                 callback.on_start(self.step, self.run.train.steps)
-            with _terminate_after_step() as asked:
-                coming = self._work()
-                work = next(coming, None)
-                while work and not self.stopped_by:
-                    began = time.perf_counter()
-                    launched = self.launch(work, lambda: bool(asked) or any(c.stop_reason for c in callbacks))
-                    try:
-                        work = next(coming, None)  # while the device is busy
-                    finally:  # whatever is wrong with the next batch, this step is recorded and saved
-                        metrics = self._finish(launched)
-                        self._measure(metrics, time.perf_counter() - began)
-                        for callback in callbacks:
-                            callback.on_step(self.step, metrics)
+
+            def asked() -> int:
+                by_signal = 0 if stop is None else stop.weight
+                return max(by_signal, int(any(callback.stop_reason is not None for callback in callbacks)))
+
+            if stop is not None:
+                stop.defer(says_so=self.world.is_first)
+            coming = self._work()
+            work = next(coming, None)
+            while work and not self.stopped_by:
+                began = time.perf_counter()
+                launched = self.launch(work, asked)
+                try:
+                    work = next(coming, None)  # while the device is busy
+                finally:  # whatever is wrong with the next batch, this step is recorded and saved
+                    metrics = self._finish(launched)
+                    self._measure(metrics, time.perf_counter() - began)
+                    for callback in callbacks:
+                        callback.on_step(self.step, metrics)
         finally:
             for callback in callbacks:
                 callback.on_end()
@@ -123,12 +130,12 @@ class Trainer:
             keys = (DrawKey(train.seed, step, batch.index) for batch in batches)
             yield [(batch.to(device), self.policy.plan(key)) for batch, key in zip(batches, keys)]
 
-    def launch(self, work: list[Work], stop_asked: Callable[[], bool] = lambda: False) -> LaunchedStep:
+    def launch(self, work: list[Work], stop_asked: Callable[[], int] = lambda: 0) -> LaunchedStep:
         """Queue one step. Its results are on the device, which decides by itself whether to update.
 
         Args:
-            stop_asked: whether the run is to end after this step. Asked behind the backward, which takes most of the
-                step's time, so that a signal that comes meanwhile still counts for this step.
+            stop_asked: what asks the run to end after this step, as an index of `BY_WEIGHT`. Called behind the
+                backward, which takes most of the step's time, so that a signal that comes meanwhile still counts.
         """
         run, engine, device = self.run, self.engine, self.world.device
         batches, plans = [batch for batch, _ in work], [plan for _, plan in work]
@@ -139,14 +146,15 @@ class Trainer:
         batch = run_batch(engine, run, batches, plans, num_predictions=count_predictions(batches), train=True)
         mean = batch.loss.double()
         refused = ~(mean.isfinite() & (mean <= self.guard.limit))
-        skip_update, stop = self._true_anywhere(refused, torch.full((), stop_asked(), device=device))
-        outcome = engine.step(skip_update)
-        results = (mean, outcome.grad_norm, outcome.applied, stop)
+        asked = torch.full((), stop_asked(), device=device)
+        skip_update, asked = self._largest_anywhere(refused, asked)
+        outcome = engine.step(skip_update.bool())
+        results = (mean, outcome.grad_norm, outcome.applied, asked)
         return LaunchedStep(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)
 
     def _finish(self, launched: LaunchedStep) -> Metrics:
         """Wait for a step, and judge it."""
-        loss, grad_norm, applied, stopped = launched.results.tolist()
+        loss, grad_norm, applied, asked = launched.results.tolist()
         objection = self.guard.objection(loss)
         if not applied and objection is None:
             objection = f"the gradient norm is {grad_norm}"
@@ -154,8 +162,7 @@ class Trainer:
         if objection is not None and self.world.is_first:
             print(f"step {self.step}: update skipped: {objection}", flush=True)
         self.guard.record(self.step, loss, objection)
-        if stopped:
-            self.stopped_by = "SIGTERM"
+        self.stopped_by = BY_WEIGHT[int(asked)]
         metrics: Metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -172,12 +179,12 @@ class Trainer:
         dist.all_reduce(summed)
         return int(summed.item())
 
-    def _true_anywhere(self, *flags: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Each flag (a bool scalar on the device), true everywhere if it is true on any rank."""
-        votes = torch.stack(flags).int()
+    def _largest_anywhere(self, *votes: torch.Tensor) -> Sequence[torch.Tensor]:
+        """For each vote (a scalar on the device, a bool counting as 0 or 1) the largest of all ranks."""
+        stacked = torch.stack([vote.int() for vote in votes])
         if self.world.size > 1:
-            dist.all_reduce(votes, dist.ReduceOp.MAX)
-        return votes.bool().unbind()
+            dist.all_reduce(stacked, dist.ReduceOp.MAX)
+        return stacked.unbind()
 
     def _measure(self, metrics: Metrics, seconds: float) -> None:
         rate = self.derived.tokens_per_step / seconds
@@ -185,14 +192,3 @@ class Trainer:
         if self._mfu_per_token_rate is not None:
             metrics["mfu"] = rate * self._mfu_per_token_rate
         metrics["peak_memory_bytes"] = peak_memory_bytes(self.world.device)
-
-
-@contextmanager
-def _terminate_after_step() -> Iterator[list[str]]:
-    """A list that gets an entry when SIGTERM arrives, instead of the process's end."""
-    asked: list[str] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append("SIGTERM"))
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)

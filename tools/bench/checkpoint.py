@@ -120,11 +120,11 @@ def main(argv: list[str]) -> int:
     from skv_dist.parallel.engines.base import MOMENTS
     from skv_dist.parallel.engines.create import create_engine
     from skv_dist.parallel.local_model import partitioned_shape
-    from skv_dist.parallel.processes import groups
+    from skv_dist.parallel.processes import groups, launcher
 
     from .machine import heading, layout
 
-    derived = derive(run, groups.world_size_from_environment())
+    derived = derive(run, launcher.world_size())
     world = groups.start(run.parallel)
     engine = create_engine(run, world.device)
     engine.prepare_moments()

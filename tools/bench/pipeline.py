@@ -63,13 +63,13 @@ def main(argv: list[str]) -> int:
     import torch.distributed as dist
 
     from skv_dist.parallel.engines.create import create_engine
-    from skv_dist.parallel.processes import groups
+    from skv_dist.parallel.processes import groups, launcher
     from skv_dist.parallel.run_batch import count_predictions, run_batch
     from skv_dist.routing.draw import DrawKey
 
     from .machine import heading, layout, synchronize
 
-    derived = derive(first, groups.world_size_from_environment())
+    derived = derive(first, launcher.world_size())
     world = groups.start(first.parallel)
     engines = {name: create_engine(run, world.device) for name, run in runs.items()}
     batches = _batches(first, world, derived.num_micro_batches)

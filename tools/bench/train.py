@@ -26,7 +26,7 @@ from skv_dist.data.packing import Sample
 from skv_dist.errors import UserError
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.engines.create import create_engine
-from skv_dist.parallel.processes import groups
+from skv_dist.parallel.processes import groups, launcher
 from skv_dist.parallel.processes.groups import World
 from skv_dist.training.callbacks import Callback, Metrics
 from skv_dist.training.throughput import flops_per_token, peak_flops
@@ -166,7 +166,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--warmup must be smaller than --steps")
     from torch._dynamo.utils import counters
 
-    replicas = groups.world_size_from_environment()
+    replicas = launcher.world_size()
     runs = {policy: _config(arguments, policy, replicas) for policy in arguments.routing}
     first = runs[arguments.routing[0]]
     world = groups.start(first.parallel)

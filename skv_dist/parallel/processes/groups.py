@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from skv_dist.config.parallel import ParallelConfig
 from skv_dist.errors import UserError
+from skv_dist.parallel.processes import launcher
 
 _ours: set[str] = set()  # variables that no launcher had set
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -31,20 +33,22 @@ class World:
         return self.rank == 0
 
 
-def world_size_from_environment() -> int:
-    """Number of processes that ``torchrun`` or ``deepspeed`` started; 1 under plain python."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start(parallel: ParallelConfig) -> World:
     """Create all process groups, in Megatron's rank order (tp, cp, dp, pp).
 
     Under plain python, without a launcher, the process is a world of one.
 
     Raises:
-        UserError: there are fewer GPUs on this host than local ranks.
+        UserError: the launcher's variables are wrong, there are fewer GPUs on this host than local ranks, or the
+            processes cannot meet.
     """
+    launcher.world_size()
     on_gpu = torch.cuda.is_available()
+    if on_gpu and os.environ.get("DS_ACCELERATOR") == "cpu":
+        raise UserError(
+            "DS_ACCELERATOR is cpu, but torch sees a GPU: set CUDA_VISIBLE_DEVICES to nothing to use the CPU, or unset "
+            "DS_ACCELERATOR"
+        )
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         from skv_dist.parallel.processes import cpu_platform
@@ -66,7 +70,14 @@ def start(parallel: ParallelConfig) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+        try:
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            place = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+            raise UserError(
+                f"the processes cannot meet at {place} ({_cause(error)}): set MASTER_ADDR to the host of rank 0 and "
+                "MASTER_PORT to a port that is free there"
+            ) from error
 
     from megatron.core import parallel_state
 
@@ -106,6 +117,11 @@ def stop() -> None:
         dist.destroy_process_group()
     while _ours:  # or the next process that is started from here would take itself for a part of this world
         os.environ.pop(_ours.pop(), None)
+
+
+def _cause(error: Exception) -> str:
+    """What the system said; torch puts its own account, a stack of C++ calls at times, around it."""
+    return re.sub(r"^\[[^]]*\]:? *", "", str(error).strip().splitlines()[0])
 
 
 def _free_port() -> int:

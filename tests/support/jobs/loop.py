@@ -105,17 +105,21 @@ def steps_until_sigterm_within(settings: dict[str, Any], step: int) -> tuple[int
     """SIGTERM arrives while ``step`` is computed: (steps that were made, what stopped the run)."""
     import os
     import signal
+    import time
     from unittest import mock
 
     from skv_dist.training import trainer as training
+    from skv_dist.training.stop import StopRequest
 
-    right, calls = training.run_batch, 0
+    right, calls, stop = training.run_batch, 0, StopRequest()
 
     def interrupted(*args: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == step:
             os.kill(os.getpid(), signal.SIGTERM)
+            while not stop.weight:  # a thread takes it
+                time.sleep(0.01)
         return right(*args, **keywords)
 
     class Samples:
@@ -126,6 +130,6 @@ def steps_until_sigterm_within(settings: dict[str, Any], step: int) -> tuple[int
 
     with built(settings) as (run, world), made_engine(run, world) as engine:
         trainer = _trainer(run, world, engine, Samples())
-        with mock.patch.object(training, "run_batch", interrupted):
-            trainer.fit()
-        return trainer.step, trainer.stopped_by
+        with mock.patch.object(training, "run_batch", interrupted), stop:
+            trainer.fit(stop=stop)
+        return trainer.step, trainer.stopped_by and trainer.stopped_by.name

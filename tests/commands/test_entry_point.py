@@ -1,0 +1,96 @@
+"""How the commands end: by a refusal, by a signal, under torchrun."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REFUSES = """
+def main(argv):
+    raise UserError(argv[0])
+"""
+WRITES = """
+def main(argv):
+    import pathlib, time
+    from skv_dist.files import new_folder
+    with new_folder(pathlib.Path(argv[0])) as unfinished:
+        (unfinished / "tokens.bin").write_text("half")
+        print("ready", flush=True)
+        time.sleep(600)
+"""
+FRAME = """
+import sys
+from skv_dist.commands.entry_point import entry_point
+from skv_dist.errors import UserError
+{body}
+sys.argv[0] = "skv-any"
+raise SystemExit(entry_point(main)())
+"""
+
+
+def started(body: str, argument: str, **environment: str) -> subprocess.Popen[str]:
+    import os
+
+    command = [sys.executable, "-c", FRAME.format(body=body), argument]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_leaves_nothing_half_made(tmp_path: Path, number: signal.Signals, code: int, line: str) -> None:
+    process = started(WRITES, str(tmp_path / "out"))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    assert len(list(tmp_path.iterdir())) == 1
+    process.send_signal(number)
+    assert process.communicate()[1] == f"{line}\n"
+    assert process.returncode == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_is_printed_once_on_a_host_under_torchrun(tmp_path: Path) -> None:
+    printed, codes = [], []
+    for rank, message in enumerate(["no such file", "no such file", "another"]):
+        folder = tmp_path / "attempt_0" / str(rank)
+        folder.mkdir(parents=True)
+        process = started(REFUSES, message, TORCHELASTIC_ERROR_FILE=str(folder / "error.json"))
+        printed.append(process.communicate()[1])
+        codes.append(process.returncode)
+        assert json.loads((folder / "error.json").read_text())["message"]["message"] == f"skv-any: error: {message}"
+    assert printed == ["skv-any: error: no such file\n", "", "skv-any: error: another\n"]
+    assert codes == [2, 2, 2]
+
+
+def test_a_refusal_is_never_lost(tmp_path: Path) -> None:
+    process = started(REFUSES, "no", TORCHELASTIC_ERROR_FILE=str(tmp_path / "gone" / "0" / "error.json"))
+    assert process.communicate()[1] == "skv-any: error: no\n"
+    assert process.returncode == 2
+
+
+def told_to_torchrun(folder: str) -> tuple[str, int]:
+    """torchrun's summary, made of the error file, and the time by which it finds the first failure."""
+    import os
+    from unittest import mock
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from skv_dist.commands.entry_point import report_once
+
+    file = f"{folder}/0/error.json"
+    os.makedirs(os.path.dirname(file))
+    with mock.patch.dict(os.environ, {"TORCHELASTIC_ERROR_FILE": file}):
+        report_once("skv-train: error: no such file")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=file)
+    return ChildFailedError("skv-train", {0: failure}).format_msg(), failure.timestamp
+
+
+def test_torchrun_repeats_the_refusal_in_its_summary(workers: Any, tmp_path: Path) -> None:
+    summary, timestamp = workers(1)(told_to_torchrun, str(tmp_path))[0]
+    assert "traceback : skv-train: error: no such file\n" in summary
+    assert timestamp > 0
