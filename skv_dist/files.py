@@ -1,7 +1,9 @@
-"""Files and folders that appear whole or not at all: written under a hidden name, synced to disk, then renamed."""
+"""Files and folders that appear whole or not at all: written under a hidden name, then renamed."""
 
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,19 +51,35 @@ def replace_text(file: Path, text: str) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes ``out`` at the end and is removed if anything fails.
 
+    Several processes, on hosts that share the disk, may make the same folder at once: each has a hidden name of its
+    own. What a killed process of this host left behind is removed.
+
     Raises:
         UserError: ``out`` exists already, or cannot be written.
     """
     if out.exists():
         raise UserError(f"{out} exists already: remove it or choose another folder")
-    # With the process in its name: two may make the same folder at once.
-    unfinished = unfinished_path(out.with_name(f"{out.name}.{os.getpid()}"))
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _remove_leftovers(out)
+    unfinished = unfinished_path(out.with_name(f"{_prefix(out)}{os.getpid()}"))
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
         os.replace(unfinished, out)
+        sync_folder(out.parent)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _prefix(out: Path) -> str:
+    return f"{out.name}.{socket.gethostname()}."
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Unfinished forms of ``out`` whose process, on this host, is no more."""
+    prefix = f".{_prefix(out)}"
+    for leftover in out.parent.glob(f"{glob.escape(prefix)}*{WRITING}"):
+        pid = leftover.name.removeprefix(prefix).removesuffix(WRITING)
+        if pid == str(os.getpid()) or not Path("/proc", pid).exists():
+            shutil.rmtree(leftover, ignore_errors=True)

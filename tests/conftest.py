@@ -1,31 +1,22 @@
 """Shared fixtures."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.runs import write_text
-from tests.support.workers import Workers
+from tests.support.workers import Pools
 
 collect_ignore = ["long"]  # runs when it is named: python -m pytest tests/long
 
 
 @pytest.fixture(scope="session")
-def workers() -> Iterator[Callable[[int], Workers]]:
-    """``workers(n)``: n processes, started at first use and kept while they are fit."""
-    pools: dict[int, Workers] = {}
-
-    def get(size: int) -> Workers:
-        if size in pools and pools[size].worn:
-            pools.pop(size).close()
-        if size not in pools:
-            pools[size] = Workers(size)
-        return pools[size]
-
-    yield get
-    for pool in pools.values():
-        pool.close()
+def workers() -> Iterator[Pools]:
+    """``workers(n)(job, ...)`` runs a job on n processes."""
+    pools = Pools()
+    yield pools
+    pools.close()
 
 
 @pytest.fixture(scope="session")

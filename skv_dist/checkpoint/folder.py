@@ -1,4 +1,4 @@
-"""Checkpoint folders: complete or invisible, checked before they are read. Pure Python.
+"""Checkpoint folders: complete or invisible, checked before they are read. Nothing here needs torch.
 
 ``checkpoints/step_00000100/`` holds DCP's ``.metadata`` and ``__RANK_N.distcp`` (tensors), ``metadata.json``
 (Megatron's mark of the format), ``state.json`` (the rest of the run's state), ``config.yaml``, and ``manifest.json``:
@@ -242,6 +242,15 @@ def read_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """``config.yaml``, complete: with the vocabulary that the run had.
 
     Raises:
-        UserError: it, or ``state.json``, cannot be read.
+        UserError: the file, or ``state.json``, cannot be read, or an override asks for another vocabulary.
     """
-    return load_config(folder / CONFIG, overrides).for_vocabulary(int(read_state(folder)["vocab_size"]))
+    run = load_config(folder / CONFIG, overrides)
+    vocab_size = read_state(folder).get("vocab_size")
+    if not isinstance(vocab_size, int):
+        raise UserError(f"checkpoint {folder} is damaged: {STATE} does not say its vocab_size")
+    if run.model.vocab_size not in (None, vocab_size):
+        raise UserError(
+            f"model.vocab_size {run.model.vocab_size} is not that of checkpoint {folder}, which has {vocab_size} "
+            "tokens: leave model.vocab_size out"
+        )
+    return run.for_vocabulary(vocab_size)

@@ -11,7 +11,7 @@ from skv_dist.checkpoint.metadata import SafeReader, read_into
 from skv_dist.checkpoint.shards import empty_shards, restore
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
-from skv_dist.parallel.engines.base import Engine, State
+from skv_dist.parallel.engines.base import Engine, Quantity
 from skv_dist.parallel.processes.agree import first_error
 
 
@@ -43,10 +43,10 @@ def load_checkpoint(engine: Engine, run: RunConfig, folder: Path, *, weights_onl
     Raises:
         UserError: a parameter is missing or has another shape, or a file is damaged.
     """
-    states: Sequence[State] = (State.WEIGHT,) if weights_only else tuple(State)
+    quantities: Sequence[Quantity] = (Quantity.WEIGHT,) if weights_only else tuple(Quantity)
     if not weights_only:
         engine.prepare_moments()
-    shards = empty_shards(engine, run, states)
+    shards = empty_shards(engine, run, quantities)
     error = None
     try:
         read_into(folder, shards)
@@ -55,7 +55,7 @@ def load_checkpoint(engine: Engine, run: RunConfig, folder: Path, *, weights_onl
     agreed = first_error(error)
     if agreed is not None:
         raise UserError(agreed)
-    restore(engine, shards, states)
+    restore(engine, shards, quantities)
     if not weights_only:
         engine.num_updates = int(files.read_state(folder)["updates"])
 

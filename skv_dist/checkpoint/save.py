@@ -148,7 +148,8 @@ def write_alone(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write full tensors into ``folder``, in one process without process groups.
 
     Raises:
-        UserError: they cannot be written.
+        UserError: what they are made from cannot be read.
+        OSError: they cannot be written.
     """
     try:
         dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
@@ -156,4 +157,4 @@ def write_alone(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         cause = cause_of(problem)
         if isinstance(cause, UserError):
             raise cause from problem
-        raise UserError(f"cannot write {folder}: {cause_in_one_line(cause)}") from problem
+        raise OSError(cause_in_one_line(cause)) from problem

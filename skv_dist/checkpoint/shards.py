@@ -1,9 +1,9 @@
 """Between an engine's parameters and optimizer state, and the full tensors of a checkpoint.
 
 Every value is stored under its global name with the shape it has in a single process, whatever the layout: the fp32
-weight as ``model.NAME``, Adam's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` (`State`). Within a data-parallel
-group each parameter has one owner that writes and reads it, so a rank holds its own share and one parameter more, never
-the model.
+weight as ``model.NAME``, Adam's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` (`Quantity`). Within a
+data-parallel group each parameter has one keeper that writes and reads it, so a rank holds its own share and one
+parameter more, never the model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from skv_dist.config.run import RunConfig
-from skv_dist.parallel.engines.base import Engine, State
+from skv_dist.parallel.engines.base import Engine, Quantity
 from skv_dist.parallel.local_model import partitioned_shape
 from skv_dist.parallel.tensor_split import Block, Replicated, split_of
 
@@ -64,32 +64,32 @@ class Shards(torch.Tensor):
         return self._blocks[index.offset]
 
 
-class Owned(NamedTuple):
+class Stored(NamedTuple):
     """A parameter of this stage, and the data-parallel rank that stores it."""
 
     name: str
     parameter: torch.nn.Parameter
-    owner: int
+    keeper: int
 
 
-def owned_parameters(engine: Engine) -> Iterator[Owned]:
-    """The parameters of this rank in order, each with the owner that has the least to store so far."""
+def stored_parameters(engine: Engine) -> Iterator[Stored]:
+    """The parameters of this rank in order, each with the keeper that has the least to store so far."""
     loads = [0] * parallel_state.get_data_parallel_world_size()
     for name, parameter in engine.model.named():
-        owner = loads.index(min(loads))
-        loads[owner] += torch.Size(partitioned_shape(parameter)).numel()
-        yield Owned(name, parameter, owner)
+        keeper = loads.index(min(loads))
+        loads[keeper] += torch.Size(partitioned_shape(parameter)).numel()
+        yield Stored(name, parameter, keeper)
 
 
-def stored_name(state: State, name: str) -> str:
+def stored_name(quantity: Quantity, name: str) -> str:
     """Name on disk of one value of a parameter."""
-    return f"{state.value}.{name}"
+    return f"{quantity.value}.{name}"
 
 
-def _shards_of(owned: Owned, run: RunConfig, values: torch.Tensor, *, writes: bool) -> Shards:
+def _shards_of(stored: Stored, run: RunConfig, values: torch.Tensor, *, writes: bool) -> Shards:
     """Where ``values``, this tensor-parallel rank's part of a parameter, lie in the full tensor."""
     rank = parallel_state.get_tensor_model_parallel_rank()
-    part, split = partitioned_shape(owned.parameter), split_of(owned.name, run)
+    part, split = partitioned_shape(stored.parameter), split_of(stored.name, run)
     blocks = split.blocks(rank, part)
     if writes and isinstance(split, Replicated) and rank > 0:
         blocks = []  # the first rank writes it
@@ -100,41 +100,41 @@ def snapshot(engine: Engine, run: RunConfig) -> dict[str, Shards]:
     """A copy on the CPU of what this rank stores. Collective over data-parallel ranks."""
     data_rank = parallel_state.get_data_parallel_rank()
     shards = {}
-    for owned in owned_parameters(engine):
-        for state in State:
-            value = engine.read(owned.parameter, state)
-            if owned.owner == data_rank:
+    for stored in stored_parameters(engine):
+        for quantity in Quantity:
+            value = engine.read(stored.parameter, quantity)
+            if stored.keeper == data_rank:
                 # to() alone would hand out the engine's own memory on a CPU
                 copy = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-                shards[stored_name(state, owned.name)] = _shards_of(owned, run, copy, writes=True)
+                shards[stored_name(quantity, stored.name)] = _shards_of(stored, run, copy, writes=True)
     return {name: pieces for name, pieces in shards.items() if pieces.__create_chunk_list__()}
 
 
-def empty_shards(engine: Engine, run: RunConfig, states: Sequence[State]) -> dict[str, Shards]:
+def empty_shards(engine: Engine, run: RunConfig, quantities: Sequence[Quantity]) -> dict[str, Shards]:
     """Zeros for what this rank reads, in the same shares."""
     data_rank = parallel_state.get_data_parallel_rank()
     shards = {}
-    for owned in owned_parameters(engine):
-        for state in states:
-            if owned.owner == data_rank:
-                zeros = torch.zeros(partitioned_shape(owned.parameter))
-                shards[stored_name(state, owned.name)] = _shards_of(owned, run, zeros, writes=False)
+    for stored in stored_parameters(engine):
+        for quantity in quantities:
+            if stored.keeper == data_rank:
+                zeros = torch.zeros(partitioned_shape(stored.parameter))
+                shards[stored_name(quantity, stored.name)] = _shards_of(stored, run, zeros, writes=False)
     return shards
 
 
 @torch.no_grad()
-def restore(engine: Engine, shards: dict[str, Shards], states: Sequence[State]) -> None:
-    """Hand each value from its owner to its data-parallel group and set it. Collective over all ranks."""
+def restore(engine: Engine, shards: dict[str, Shards], quantities: Sequence[Quantity]) -> None:
+    """Hand each value from its keeper to its data-parallel group and set it. Collective over all ranks."""
     group = parallel_state.get_data_parallel_group()
     data_rank = parallel_state.get_data_parallel_rank()
     device = engine.model.device
-    for owned in owned_parameters(engine):
-        for state in states:
-            if owned.owner == data_rank:
-                value = shards[stored_name(state, owned.name)].part.to(device)
+    for stored in stored_parameters(engine):
+        for quantity in quantities:
+            if stored.keeper == data_rank:
+                value = shards[stored_name(quantity, stored.name)].part.to(device)
             else:
-                value = torch.empty(partitioned_shape(owned.parameter), device=device)
+                value = torch.empty(partitioned_shape(stored.parameter), device=device)
             if group.size() > 1:
-                dist.broadcast(value, dist.get_global_rank(group, owned.owner), group=group)
-            engine.write(owned.parameter, state, value)
+                dist.broadcast(value, dist.get_global_rank(group, stored.keeper), group=group)
+            engine.write(stored.parameter, quantity, value)
     engine.tied.refresh()

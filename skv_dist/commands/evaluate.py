@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
 
     import torch.distributed as dist
 
+    from skv_dist.checkpoint.folder import CONFIG
     from skv_dist.checkpoint.frozen_model import frozen_model
     from skv_dist.data.open import open_data
     from skv_dist.data.tokenizer import load_tokenizer
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     if validation is not None:
         losses = sweep(engine, run, evaluation_batches(run, world, validation), plans)
     elif arguments.prompt is None:
-        config = arguments.checkpoint / "config.yaml"
+        config = arguments.checkpoint / CONFIG
         raise UserError(f"{config}: data holds out no validation text: set data.validation_fraction")
     for name, plan in plans.items():
         if world.is_first and losses:
@@ -84,7 +85,7 @@ def main(argv: list[str]) -> int:
 
 
 def _configuration(arguments: argparse.Namespace) -> RunConfig:
-    """That of the checkpoint with what the command line asks for, checked against the number of processes."""
+    """The checkpoint's configuration with what the command line asks for, checked against the number of processes."""
     from skv_dist.checkpoint.frozen_model import config_of
     from skv_dist.parallel.processes import groups
 
@@ -94,6 +95,10 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
     run = config_of(arguments.checkpoint, [*asked, *arguments.overrides])
     if arguments.new_tokens < 1 or arguments.temperature < 0:
         raise UserError("--new-tokens must be at least 1 and --temperature at least 0")
+    if arguments.prompt is not None and run.parallel.pipeline > 1:
+        raise UserError(
+            f"--prompt and parallel.pipeline {run.parallel.pipeline} do not work together: leave out one of them"
+        )
     derive(run, groups.world_size_from_environment())
     return run
 
@@ -130,7 +135,7 @@ def _print_sample(
         temperature=arguments.temperature,
         max_length=run.data.sequence_length,
         seed=run.train.seed,
-        multiple=run.parallel.tensor if run.parallel.sequence_parallel else 1,
+        multiple=run.parallel.sequence_split,
     )
     if world.is_first:
         print(f"--- sampled under {name.removeprefix('loss')}\n{arguments.prompt}{text}\n---", flush=True)

@@ -12,7 +12,7 @@ _FORMATS = {".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 
 def _guess(path: str) -> str:
     name = path.removesuffix(".gz").removesuffix(".zst")
-    return next((kind for suffix, kind in _FORMATS.items() if name.endswith(suffix)), "text")
+    return next((format_ for suffix, format_ in _FORMATS.items() if name.endswith(suffix)), "text")
 
 
 def _parser() -> argparse.ArgumentParser:

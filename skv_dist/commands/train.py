@@ -1,6 +1,7 @@
 """``skv-train``: train from one YAML file, under plain python, torchrun or deepspeed alike."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,7 @@ def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", wo
     out = output_folder.folder_of(run)
     samples, validation = open_data(run.data, tokenizer, run.train.seed, world.is_first, dist.barrier)
     error = None
+    is_new = world.is_first and not out.exists()
     if world.is_first:
         try:
             output_folder.claim(out, run.checkpoint.resume)
@@ -96,6 +98,9 @@ def _train_in_world(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", wo
         _train_in_folder(run, derived, tokenizer, world, samples, validation)
     finally:
         lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # where the start was refused: it is empty
 
 
 def _train_in_folder(
@@ -118,7 +123,7 @@ def _train_in_folder(
     start = resume.choose(run, checkpoints, tokenizer.fingerprint())
     begin_with = None if start is not None else resume.checked_weights(run, tokenizer.fingerprint())
     trainer = Trainer(run, derived, world, create_engine(run, world.device), samples)
-    _load_weights(trainer, start, begin_with)
+    _restore(trainer, start, begin_with)
     roll_backs = resume.roll_backs(run, start)
     saver = Saver(trainer.engine, run, checkpoints)
 
@@ -169,8 +174,8 @@ def _report_end(trainer: "Trainer", saver: "Saver", callbacks: list["Callback"],
         print(f"stopped by {trainer.stopped_by} after step {trainer.step}", flush=True)
 
 
-def _load_weights(trainer: "Trainer", start: Path | None, begin_with: Path | None) -> None:
-    """From the checkpoint to go on from, or else the one to begin with (``checkpoint.init_from``), if any."""
+def _restore(trainer: "Trainer", start: Path | None, begin_with: Path | None) -> None:
+    """Go on from the checkpoint ``start``, or else begin with the weights of ``begin_with``, if any."""
     from skv_dist.checkpoint.folder import read_state
     from skv_dist.checkpoint.load import load_checkpoint
 

@@ -79,6 +79,11 @@ class ParallelConfig(Section):
             )
         return self
 
+    @property
+    def sequence_split(self) -> int:
+        """Number of parts that hidden states are split into by position: t in shape comments."""
+        return self.tensor if self.sequence_parallel else 1
+
     def stages(self, num_layers: int) -> tuple[range, ...]:
         """The layers of each stage in the order of execution.
 
@@ -91,9 +96,9 @@ class ParallelConfig(Section):
         given = {rank: layers for rank, layers in ends.items() if layers is not None}
         left, others = num_layers - sum(given.values()), self.pipeline - len(given)
         if left < others or (others and left % others) or (not others and left):
-            what = " less those of first_stage_layers and last_stage_layers" if given else ""
+            shortened = " less those of first_stage_layers and last_stage_layers" if given else ""
             raise ValueError(
-                f"model.num_layers {num_layers}{what} cannot be split evenly over {others} of parallel.pipeline "
+                f"model.num_layers {num_layers}{shortened} cannot be split evenly over {others} of parallel.pipeline "
                 f"{self.pipeline} stages: change parallel.pipeline, or set parallel.first_stage_layers or "
                 "parallel.last_stage_layers"
             )

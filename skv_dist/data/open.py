@@ -13,7 +13,7 @@ from skv_dist.data.tokenize import cached_folder, prepare
 from skv_dist.data.tokenizer import Tokenizer
 
 Barrier = Callable[[], None]
-Split = tuple[Samples, Samples | None]  # training, and validation if any is held out
+TrainAndValidation = tuple[Samples, Samples | None]
 
 
 class Blend:
@@ -27,7 +27,9 @@ class Blend:
         return self._sets[source][position_within]
 
 
-def open_data(config: DataConfig, tokenizer: Tokenizer, seed: int, first_rank: bool, barrier: Barrier) -> Split:
+def open_data(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, first_rank: bool, barrier: Barrier
+) -> TrainAndValidation:
     """Training and validation samples of a run.
 
     Args:
@@ -42,9 +44,9 @@ def open_data(config: DataConfig, tokenizer: Tokenizer, seed: int, first_rank: b
     return _map_sources(config, tokenizer, seed, first_rank, barrier)
 
 
-def _stream_sources(config: DataConfig, tokenizer: Tokenizer, seed: int) -> Split:
-    def stream(sources: list[SourceConfig], held_out: float, *, validation: bool) -> StreamingSet:
-        return StreamingSet(sources, config, tokenizer, seed, validation=validation, fraction=held_out)
+def _stream_sources(config: DataConfig, tokenizer: Tokenizer, seed: int) -> TrainAndValidation:
+    def stream(sources: list[SourceConfig], fraction: float, *, validation: bool) -> StreamingSet:
+        return StreamingSet(sources, config, tokenizer, seed, validation=validation, fraction=fraction)
 
     if config.validation_sources:
         train = stream(config.sources, 0.0, validation=False)
@@ -54,12 +56,14 @@ def _stream_sources(config: DataConfig, tokenizer: Tokenizer, seed: int) -> Spli
     return train, stream(config.sources, fraction, validation=True) if fraction else None
 
 
-def _map_sources(config: DataConfig, tokenizer: Tokenizer, seed: int, first_rank: bool, barrier: Barrier) -> Split:
+def _map_sources(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, first_rank: bool, barrier: Barrier
+) -> TrainAndValidation:
     """Prepared sets, mapped into memory; sources that are raw are prepared first."""
 
-    def open_split(source: SourceConfig, held_out: float) -> Split:
+    def open_split(source: SourceConfig, fraction: float) -> TrainAndValidation:
         folder = _prepared_folder(source, config, tokenizer, first_rank, barrier)
-        return split_prepared(PreparedSet(folder, tokenizer), config, seed, source.path, held_out)
+        return split_prepared(PreparedSet(folder, tokenizer), config, seed, source.path, fraction)
 
     if config.validation_sources:
         train = [open_split(source, 0.0)[0] for source in config.sources]
@@ -67,8 +71,8 @@ def _map_sources(config: DataConfig, tokenizer: Tokenizer, seed: int, first_rank
         return Blend(train, config.sources, seed), Blend(validation, config.validation_sources, seed)
     splits = [open_split(source, config.validation_fraction) for source in config.sources]
     train_blend = Blend([train for train, _ in splits], config.sources, seed)
-    held_out = [validation for _, validation in splits if validation is not None]
-    return train_blend, Blend(held_out, config.sources, seed) if held_out else None
+    validation_sets = [validation for _, validation in splits if validation is not None]
+    return train_blend, Blend(validation_sets, config.sources, seed) if validation_sets else None
 
 
 def _prepared_folder(

@@ -9,6 +9,8 @@ from skv_dist.data.order import held_out, shuffled
 from skv_dist.data.token_set import PreparedSet
 from skv_dist.errors import UserError
 
+_VALIDATION = "/validation"  # ends the name by which a validation part is shuffled
+
 
 class Sample(NamedTuple):
     """One sequence and the token after it.
@@ -108,9 +110,6 @@ def split_prepared(
         documents(all_documents[~is_held_out], "training part", stream),
         documents(all_documents[is_held_out], "validation part", stream + _VALIDATION),
     )
-
-
-_VALIDATION = "/validation"  # ends the name by which a validation part is shuffled
 
 
 def _drawn(size: int, fraction: float, seed: int, stream: str) -> np.ndarray:

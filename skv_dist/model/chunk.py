@@ -137,20 +137,20 @@ class RoutedChunk(MegatronModule):
         self,
         plan: RoutePlan,
         tokens: torch.Tensor,
-        hidden: torch.Tensor | None = None,
-        live: LiveKV | None = None,
         labels: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
+        live: LiveKV | None = None,
     ) -> tuple[torch.Tensor, LiveKV]:
         """Run the chunk under a route plan.
 
         Args:
             plan: the micro-batch's plan, over all layers of the model.
             tokens: int64 [b, s].
-            hidden: [s/t, b, h] from the chunk before; None for the first, which embeds ``tokens``.
-            live: K/V of earlier layers that this chunk or a later one reads.
             labels: int64 [b, s]; None to get logits.
             documents: int64 [b, s] where attention stops at document boundaries.
+            hidden: [s/t, b, h] from the chunk before; None for the first, which embeds ``tokens``.
+            live: K/V of earlier layers that this chunk or a later one reads.
 
         Returns:
             The hidden state [s/t, b, h] and the K/V that later chunks read. The last chunk returns no K/V and, in place

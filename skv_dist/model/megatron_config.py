@@ -64,7 +64,7 @@ def check_device(run: RunConfig) -> None:
         raise UserError(
             f"data.reset_attention: true and model.attention_dropout {run.model.attention_dropout} do not work "
             "together on a GPU, whose kernel for attention within documents knows no dropout: set "
-            "model.attention_dropout=0"
+            "model.attention_dropout=0 (and, to go on with an earlier run, name it in checkpoint.allow_changed)"
         )
 
 

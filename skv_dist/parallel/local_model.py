@@ -66,7 +66,7 @@ class LocalModel(torch.nn.Module):
         hidden, live = None, None
         if received is not None:
             hidden, live = self._packing.unpack(received, plan.live_after(chunk.numbers.start - 1))
-        out, live = chunk(plan, tokens, hidden, live, labels, documents)
+        out, live = chunk(plan, tokens, labels, documents, hidden, live)
         if not chunk.has_head:
             out = self._packing.pack(out, live, plan.live_after(chunk.numbers.stop - 1), width)
         return out

@@ -72,7 +72,7 @@ def run_batch(
         incoming=widths.behind(stage - 1),
         outgoing=widths.behind(stage),
     )
-    if engine.model.training != train:  # it walks through all modules
+    if engine.model.training != train:  # train() walks through all modules
         engine.model.train(train)
     with torch.set_grad_enabled(train):
         summed_losses = _run_schedule(engine, ports, work, widths, communicator, _loss_scale(num_predictions), train)

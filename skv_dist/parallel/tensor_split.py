@@ -58,7 +58,7 @@ class Split(ABC):
 
 
 class Replicated(Split):
-    """Every rank holds all of it."""
+    """Every rank holds the whole parameter."""
 
     def full_shape(self, part: Shape) -> tuple[int, ...]:
         return tuple(part)

@@ -61,7 +61,7 @@ class Guard:
             )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint keeps of the guard."""
         return {"accepted": list(self._accepted), "skipped": self.skipped, "in_a_row": self._in_a_row}
 
     def restore(self, state: dict[str, Any]) -> None:

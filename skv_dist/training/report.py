@@ -53,21 +53,24 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine)
 
 def pipeline_report(run: RunConfig, derived: Derived) -> dict[str, str]:
     """The schedule's bubble, and what is expected to cross each boundary, from the policy alone."""
-    parallel, size = run.parallel, run.data.sequence_length
-    micro_batches, chunks = derived.num_micro_batches, parallel.virtual_pipeline
+    parallel, num_chunks = run.parallel, run.parallel.virtual_pipeline
     # Narayanan et al., arXiv 2104.04473: idle over ideal time of 1F1B is (p - 1) / m, divided by the chunks per rank.
-    bubble = (parallel.pipeline - 1) / (micro_batches * chunks)
-    rows = size // (parallel.tensor if parallel.sequence_parallel else 1)
-    column = rows * run.train.micro_batch_size * DTYPES[run.train.precision].itemsize
-    hidden, each = run.model.hidden_size * column, Packing.of(run).kv_width * column
-    boundaries = []
-    crossings = run.policy().expected_crossings(run.stages, run.train.seed)
-    for stage, (mean, most) in zip(run.stages, crossings):
-        boundaries.append(
-            f"{stage.stop - 1}|{stage.stop}: {mean:.1f} (at most {most}) K/V, "
-            f"{(hidden + mean * each) / 2**20:.3g} (at most {(hidden + most * each) / 2**20:.3g}) MiB"
-        )
-    schedule = "1F1B" if chunks == 1 else f"interleaved, {chunks} chunks per rank, padded to the widest of the step"
+    bubble = (parallel.pipeline - 1) / (derived.num_micro_batches * num_chunks)
+    packing, rows = Packing.of(run), run.data.sequence_length // parallel.sequence_split
+    column_bytes = rows * run.train.micro_batch_size * DTYPES[run.train.precision].itemsize
+
+    def mebibytes(num_sources: float) -> str:
+        columns = packing.hidden_size + num_sources * packing.kv_width
+        return f"{columns * column_bytes / 2**20:.3g}"
+
+    boundaries = [
+        f"{stage.stop - 1}|{stage.stop}: {mean:.1f} (at most {largest}) K/V, "
+        f"{mebibytes(mean)} (at most {mebibytes(largest)}) MiB"
+        for stage, (mean, largest) in zip(run.stages, run.policy().expected_crossings(run.stages, run.train.seed))
+    ]
+    schedule = (
+        "1F1B" if num_chunks == 1 else f"interleaved, {num_chunks} chunks per rank, padded to the widest of the step"
+    )
     layers = ", ".join(f"{stage.start}-{stage.stop - 1}" for stage in run.stages)
     return {
         "pipeline": f"{schedule}; layers {layers}; bubble {bubble:.1%} of the ideal time",

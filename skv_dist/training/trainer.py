@@ -84,7 +84,7 @@ class Trainer:
                 work = next(coming, None)
                 while work and not self.stopped_by:
                     began = time.perf_counter()
-                    launched = self.launch(work, bool(asked) or any(callback.stop_reason for callback in callbacks))
+                    launched = self.launch(work, asked)
                     try:
                         work = next(coming, None)  # while the device is busy
                     finally:  # whatever is wrong with the next batch, this step is recorded and saved
@@ -92,6 +92,7 @@ class Trainer:
                         self._measure(metrics, time.perf_counter() - began)
                         for callback in callbacks:
                             callback.on_step(self.step, metrics)
+                            asked.extend([callback.stop_reason] if callback.stop_reason else [])
         finally:
             for callback in callbacks:
                 callback.on_end()
@@ -117,8 +118,13 @@ class Trainer:
             keys = (DrawKey(train.seed, step, batch.index) for batch in batches)
             yield [(batch.to(device), self.policy.plan(key)) for batch, key in zip(batches, keys)]
 
-    def launch(self, work: list[Work], stop_asked: bool = False) -> LaunchedStep:
-        """Queue one step. Its results are on the device, which decides by itself whether to update."""
+    def launch(self, work: list[Work], stop_asked: Sequence[str] = ()) -> LaunchedStep:
+        """Queue one step. Its results are on the device, which decides by itself whether to update.
+
+        Args:
+            stop_asked: not empty once the run is to end after a step. Looked at behind the backward, which takes most
+                of the step's time: what is asked for meanwhile still counts for this step.
+        """
         run, engine, device = self.run, self.engine, self.world.device
         batches, plans = [batch for batch, _ in work], [plan for _, plan in work]
         if run.model.attention_dropout or run.model.hidden_dropout:
@@ -128,7 +134,7 @@ class Trainer:
         batch = run_batch(engine, run, batches, plans, num_predictions=count_predictions(batches), train=True)
         mean = batch.loss.double()
         refused = ~(mean.isfinite() & (mean <= self.guard.limit))
-        skip_update, stop = self._true_anywhere(refused, torch.full((), stop_asked, device=device))
+        skip_update, stop = self._true_anywhere(refused, torch.full((), bool(stop_asked), device=device))
         outcome = engine.step(skip_update)
         results = (mean, outcome.grad_norm, outcome.applied, stop)
         return LaunchedStep(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)

@@ -1,35 +1,19 @@
-"""`skv-train` on bad input: one line on stderr, no traceback, exit code 2, nothing trained."""
+"""`skv-train`: one line and exit code 2 on bad input, and what SIGTERM does."""
 
-import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.support.settings import config
-
-
-def run(folder: Path, given: dict[str, Any], *overrides: str) -> subprocess.CompletedProcess[str]:
-    file = folder / "run.yaml"
-    file.write_text(yaml.safe_dump(given))
-    return subprocess.run(
-        [sys.executable, "-m", "skv_dist.commands.train", str(file), *overrides],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"},
-    )
-
-
-def settings(folder: Path, path: str, kind: str = "text") -> dict[str, Any]:
-    given = config()
-    source = {"path": str(folder / path), "format": kind}
-    given["data"] = {"sequence_length": 16, "sources": [source], "cache_dir": str(folder / "cache")}
-    given["train"]["output_dir"] = str(folder / "run")
-    return given
+from skv_dist.checkpoint import folder as files
+from tests.support.processes import Command
+from tests.support.runs import TRAIN, has_stepped
+from tests.support.settings import run_settings
 
 
 @pytest.fixture
@@ -40,29 +24,40 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-CASES = [
-    ("text.txt", "text", ["parallel.zero_stage=4"], "parallel.zero_stage"),
-    ("text.txt", "text", ["parallel.tensor=3"], "model.num_attention_heads 4 is not divisible by parallel.tensor 3"),
-    ("text.txt", "text", ["data.sequence_length=20000"], "holds no sequence of data.sequence_length 20000"),
-    ("text.txt", "text", ["data.tokenizer=./nowhere"], "data.tokenizer './nowhere' is not a folder"),
-    ("empty.txt", "text", [], "empty.txt"),
-    ("damaged.parquet", "parquet", [], "damaged.parquet"),
-    ("nothing*.txt", "text", [], "no file matches"),
-]
-
-
-@pytest.mark.parametrize(("path", "kind", "overrides", "message"), CASES)
-def test_one_line_and_a_failing_exit(folder: Path, path: str, kind: str, overrides: list[str], message: str) -> None:
-    done = run(folder, settings(folder, path, kind), *overrides)
-    assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(errors) == 1
-    assert message in errors[0]
-    assert "Traceback" not in done.stderr + done.stdout
+def refused(folder: Path, path: str, file_format: str, *overrides: str) -> str:
+    """The one line that the command prints where it refuses to train on ``path``."""
+    given: dict[str, Any] = run_settings(folder, folder / "run")
+    given["data"]["sources"] = [{"path": str(folder / path), "format": file_format}]
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(given))
+    command = Command(TRAIN, [str(file), *overrides], {"HF_HUB_OFFLINE": "1"}, folder / "printed.log")
+    assert command.wait() == 2, command.printed
+    assert "Traceback" not in command.printed
     assert not (folder / "run").exists()
+    (line,) = [line for line in command.printed.splitlines() if "error:" in line]
+    return line
 
 
-def test_prepared_data_of_another_tokenizer(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "file_format", "override", "message"),
+    [
+        ("text.txt", "text", "parallel.zero_stage=4", "parallel.zero_stage"),
+        ("text.txt", "text", "parallel.tensor=3", "num_attention_heads 4 is not divisible by parallel.tensor 3"),
+        ("text.txt", "text", "data.sequence_length=20000", "holds no sequence of data.sequence_length 20000"),
+        ("text.txt", "text", "data.tokenizer=./nowhere", "data.tokenizer './nowhere' is not a folder"),
+        ("text.txt", "text", "model.vocab_size=258", "model.vocab_size 258 is smaller than the 259 tokens"),
+        ("empty.txt", "text", None, "empty.txt"),
+        ("damaged.parquet", "parquet", None, "damaged.parquet"),
+        ("nothing*.txt", "text", None, "no file matches"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_failing_exit(
+    folder: Path, path: str, file_format: str, override: str | None, message: str
+) -> None:
+    assert message in refused(folder, path, file_format, *([override] if override else []))
+
+
+def test_prepared_data_of_another_tokenizer_is_refused(folder: Path) -> None:
     from skv_dist.config.data import SourceConfig
     from skv_dist.data.tokenize import prepare
     from skv_dist.data.tokenizer import ByteTokenizer
@@ -75,7 +70,27 @@ def test_prepared_data_of_another_tokenizer(folder: Path) -> None:
 
     source = SourceConfig(path=str(folder / "text.txt"), format="text")
     prepare([source], Other(), folder / "prepared", progress=False)
-    done = run(folder, settings(folder, "prepared", "prepared"))
-    assert done.returncode == 2
-    assert "was made with tokenizer 'other', but data.tokenizer is 'byte'" in done.stderr
-    assert "Traceback" not in done.stderr
+    line = refused(folder, "prepared", "prepared")
+    assert "was made with tokenizer 'other', but data.tokenizer is 'byte'" in line
+
+
+def test_sigterm_ends_after_the_step_with_a_checkpoint(text: Path, tmp_path: Path) -> None:
+    """As a shell starts it, in a new interpreter."""
+    out = tmp_path / "run"
+    file = tmp_path / "run.yaml"
+    given = run_settings(text, out, train={"steps": 100000}, eval={"every": 10**6}, parallel={"zero_stage": 0})
+    file.write_text(yaml.safe_dump(given))
+    with (tmp_path / "printed.log").open("w+") as printed:
+        process = subprocess.Popen([sys.executable, "-m", TRAIN, str(file)], stdout=printed, stderr=printed, text=True)
+        try:
+            while not has_stepped(out) and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            code = process.wait()
+        finally:
+            process.kill()
+    said = (tmp_path / "printed.log").read_text()
+    assert code == 0, said
+    step = (out / "metrics.jsonl").read_text().count("\n")
+    assert f"stopped by SIGTERM after step {step}" in said
+    files.verify(files.folder_of(out / "checkpoints", step))

@@ -11,7 +11,6 @@ import datetime
 import importlib.metadata
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ import yaml
 
 from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.load import read_tensors, tensor_shapes
+from tests.support.processes import Command
 from tests.support.runs import lines_of, losses, start, write_text
 from tests.support.settings import run_settings
 
@@ -31,16 +31,17 @@ STEPS_PER_KILL = 50
 SAVE_EVERY = 2
 
 
-def _finish(processes: list[subprocess.Popen[str]]) -> str:
-    printed = [process.communicate(timeout=3600)[0] for process in processes]
-    assert not any(process.returncode for process in processes), printed
-    return printed[0]
+def _finish(commands: list[Command]) -> str:
+    """What the first of them printed, once all have ended well."""
+    codes = [command.wait() for command in commands]
+    assert not any(codes), [command.printed for command in commands]
+    return commands[0].printed
 
 
-def _wait_for_a_checkpoint(processes: list[subprocess.Popen[str]], root: Path) -> None:
+def _wait_for_a_checkpoint(commands: list[Command], root: Path) -> None:
     """Until one more is visible, however long the machine takes. The run may end first."""
     before = files.existing(root)[:1]
-    while all(process.poll() is None for process in processes) and files.existing(root)[:1] == before:
+    while all(command.returncode is None for command in commands) and files.existing(root)[:1] == before:
         time.sleep(0.01)
 
 
@@ -72,10 +73,12 @@ def killed_run(
         else:
             _wait_for_a_checkpoint(started, root)
             time.sleep(chance.uniform(0, 1.0))
-        seen["killed while running"] += all(process.poll() is None for process in started)
-        for process in started:
-            process.send_signal(signal.SIGKILL)
-        outputs = [process.communicate()[0] for process in started]
+        seen["killed while running"] += all(command.returncode is None for command in started)
+        for command in started:
+            command.send_signal(signal.SIGKILL)
+        for command in started:
+            command.wait()
+        outputs = [command.printed for command in started]
         seen["killed inside a save"] += root.exists() and any(p.name.endswith(".writing") for p in root.iterdir())
         seen["resumed"] += "resumed from" in outputs[0]
         assert "is damaged" not in outputs[0], outputs

@@ -20,7 +20,7 @@ import numpy as np
 from tests.support.compare import TOLERANCE, worst
 from tests.support.jobs import parity
 from tests.support.settings import config
-from tests.support.workers import Workers
+from tests.support.workers import Pools
 
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {"policy": "none"},
@@ -72,22 +72,13 @@ def main() -> int:
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in ("torch", "megatron-core", "deepspeed"))
     chosen = [c for c in cells() if arguments.min_processes <= c[0] <= arguments.max_processes]
     chosen = chosen[arguments.skip :: arguments.every]
-    pools: dict[int, Workers] = {}
-
-    def workers(size: int) -> Workers:
-        if size in pools and pools[size].worn:
-            pools.pop(size).close()
-        for other in [n for n in pools if n not in (1, size)]:
-            pools.pop(other).close()
-        if size not in pools:
-            pools[size] = Workers(size)
-        return pools[size]
+    workers = Pools()
 
     def train(processes: int, parallel: dict[str, Any], recompute: str, policy: str) -> dict[str, Any]:
         # Micro-batches of one sample: four stages with chunks want at least four of them on each of two replicas.
         settings = {"recompute": recompute, "micro_batch_size": 1}
         job = config(parallel=parallel, train=settings, routing=POLICIES[policy])
-        return workers(processes)(parity.train, job)[0]
+        return workers(processes)(parity.train, job, 3)[0]
 
     expected = {policy: train(1, {"zero_stage": 0}, "none", policy) for policy in POLICIES}
     bad = done = 0
@@ -127,8 +118,7 @@ def main() -> int:
             file.flush()
         file.write(f"\n{done} of {len(chosen)} cells, {bad} over the limit.\n")
     print(f"{done} of {len(chosen)} cells, {bad} over the limit: {arguments.out}")
-    for pool in pools.values():
-        pool.close()
+    workers.close()
     return 1 if bad else 0
 
 

@@ -5,46 +5,34 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support import faults
 from tests.support.compare import TOLERANCE, check, needs_compiler, one_process
 from tests.support.jobs import parity
+from tests.support.layouts import Layout
 from tests.support.settings import BASE, config
 
-# fault, processes, parallel section, recompute
-FAULTS: list[Any] = [
-    ("divided_at_every_stage", 2, {"zero_stage": 1}, "none"),
-    ("gradients_not_summed_over_tensor_ranks", 2, {"zero_stage": 0, "tensor": 2, "sequence_parallel": True}, "none"),
-    ("gradients_not_summed_over_tensor_ranks", 4, {"zero_stage": 1, "tensor": 2}, "none"),  # q/k-norms, without SP
-    ("split_parameters_not_marked", 2, {"zero_stage": 0, "tensor": 2}, "none"),
-    ("split_parameters_not_marked", 4, {"zero_stage": 1, "tensor": 2}, "none"),
-    ("route_off_by_one", 1, {"zero_stage": 0}, "none"),
-    ("borrowed_kv_detached", 1, {"zero_stage": 0}, "none"),
-    ("borrowed_kv_detached", 1, {"zero_stage": 0}, "full"),
-    ("drawn_again_in_recompute", 1, {"zero_stage": 0}, "full"),
-    ("micro_batch_dropped", 1, {"zero_stage": 0}, "none"),
-    ("plan_of_the_step_before", 1, {"zero_stage": 0}, "none"),
-    ("divided_at_every_stage", 4, {"zero_stage": 1, "pipeline": 2}, "none"),
-    ("backward_seen_flag_kept", 4, {"zero_stage": 2, "pipeline": 2}, "none"),
-    ("chunks_without_overlap", 2, {"zero_stage": 0, "pipeline": 2, "virtual_pipeline": 2}, "none"),
-    ("sent_tensor_emptied", 2, {"zero_stage": 0, "pipeline": 2, "virtual_pipeline": 2}, "none"),
-    ("sources_swapped_on_the_wire", 2, {"zero_stage": 0, "pipeline": 2}, "none"),
-    ("received_kv_detached", 2, {"zero_stage": 1, "pipeline": 2}, "full"),
-    ("tied_gradient_left_out", 4, {"zero_stage": 1, "pipeline": 2}, "none"),
-    pytest.param("gradients_reduced_as_they_arrive", 2, {"zero_stage": 2}, "none", marks=needs_compiler),
-    ("tied_weight_not_refreshed", 2, {"zero_stage": 0, "pipeline": 2}, "none"),
-]
+
+def named(fault: Any, layout: Layout) -> Any:
+    marks = [needs_compiler] if fault is faults.gradients_reduced_as_they_arrive else []
+    return pytest.param(fault.__name__, layout, marks=marks, id=f"{fault.__name__}-{layout}")
 
 
-@pytest.mark.parametrize(("fault", "processes", "parallel", "recompute"), FAULTS)
-def test_fault_is_noticed(workers: Any, fault: str, processes: int, parallel: dict[str, Any], recompute: str) -> None:
-    model = {"tie_embeddings": fault.startswith("tied")}
-    train = {"recompute": recompute, "compile": fault == "gradients_reduced_as_they_arrive"}
-    settings = config(parallel=parallel, train=train, model=model)
+@pytest.mark.parametrize(("fault", "layout"), [named(*case) for case in faults.FAULTS])
+def test_fault_is_noticed(workers: Any, fault: str, layout: Layout) -> None:
+    settings = layout.settings(compile=fault == "gradients_reduced_as_they_arrive")
     # Without the flag's cure the gradients are wrong, and the second step fails as well: none is made.
-    steps = 0 if fault == "backward_seen_flag_kept" else 3
+    steps = 0 if fault == "backward_seen_flag_kept" else parity.STEPS
     expected = one_process(workers, settings, steps)
-    found = workers(processes)(parity.train, settings, steps, fault)[0]
+    found = workers(layout.processes)(parity.train, settings, steps, fault)[0]
     with pytest.raises(AssertionError):
         check(found, expected, 5 * TOLERANCE)  # above what rounding does to a right layout
+
+
+def test_every_fault_is_tried() -> None:
+    made_here = {name for name, value in vars(faults).items() if getattr(value, "__module__", "") == faults.__name__}
+    others = {"applied", "clipped_by_default", "routes_within_two_stages"}  # used below, and in test_pipeline
+    public = {name for name in made_here if not name.startswith("_")}
+    assert public - others == {fault.__name__ for fault, _ in faults.FAULTS}
 
 
 def test_clipping_is_what_the_configuration_says(workers: Any) -> None:

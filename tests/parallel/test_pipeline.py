@@ -1,4 +1,4 @@
-"""Pipelines against one process: 1F1B and interleaved, with tensor and data parallelism, ZeRO 0-2 and recompute."""
+"""What only pipelines have, against one process: uneven stages, other models on the wire, routes within stages."""
 
 from typing import Any
 
@@ -8,45 +8,6 @@ import pytest
 from tests.support.compare import check, compare, one_process
 from tests.support.jobs import parity
 from tests.support.settings import BASE, config
-
-# tensor, sequence_parallel, pipeline, virtual_pipeline, replicas
-TWO = [(1, False, 2, 1, 1), (1, False, 2, 2, 1)]
-FOUR = [
-    (1, False, 4, 1, 1),
-    (1, False, 4, 2, 1),
-    (1, False, 2, 1, 2),
-    (1, False, 2, 2, 2),
-    (2, False, 2, 1, 1),
-    (2, True, 2, 1, 1),
-    (2, True, 2, 2, 1),
-]
-CASES = [
-    *((split, zero, recompute, "r_cla") for split in TWO for zero in range(3) for recompute in ("none", "full")),
-    *((split, 1, "none", policy) for split in TWO for policy in ("none", "suffix", "cla")),
-    *((split, 2, "full", "r_cla") for split in FOUR),
-    *((split, number % 2, "none", "r_cla") for number, split in enumerate(FOUR)),
-]
-
-
-@pytest.mark.parametrize(("split", "zero", "recompute", "policy"), CASES)
-def test_pipeline_equals_one_process(
-    workers: Any, split: tuple[int, bool, int, int, int], zero: int, recompute: str, policy: str
-) -> None:
-    tensor, sp, pipeline, virtual, replicas = split
-    settings = config(
-        parallel={
-            "tensor": tensor,
-            "sequence_parallel": sp,
-            "pipeline": pipeline,
-            "virtual_pipeline": virtual,
-            "zero_stage": zero,
-        },
-        train={"recompute": recompute},
-        routing={"policy": policy, "shared_layers": 3},
-        model={"tie_embeddings": recompute == "full"},
-    )
-    compare(workers, tensor * pipeline * replicas, settings)
-
 
 VARIANTS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "uneven": (2, {"parallel": {"pipeline": 2, "first_stage_layers": 3}}),
@@ -77,7 +38,7 @@ def test_routes_within_stages_equal_one_process_with_the_same_tables(workers: An
     routing = {"policy": "r_cla", "within_stage": True}
     split = config(parallel={"pipeline": 2}, routing=routing)
     alone = config(parallel={"zero_stage": 0}, routing=routing)
-    expected = workers(1)(parity.train, alone, 3, "routes_within_two_stages")[0]
+    expected = workers(1)(parity.train, alone, parity.STEPS, "routes_within_two_stages")[0]
     check(workers(2)(parity.train, split)[0], expected)
 
 

@@ -36,7 +36,7 @@ def check(found: dict[str, Any], expected: dict[str, Any], tolerance: float = TO
 _references: dict[str, Any] = {}
 
 
-def one_process(workers: Any, settings: dict[str, Any], steps: int = 3) -> dict[str, Any]:
+def one_process(workers: Any, settings: dict[str, Any], steps: int = parity.STEPS) -> dict[str, Any]:
     """The same run in a single process (ZeRO 0, no recompute, not compiled), made once a session."""
     train = {**settings["train"], "recompute": "none", "compile": False}
     alone = {**settings, "parallel": {"zero_stage": 0}, "train": train}

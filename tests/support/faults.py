@@ -1,9 +1,14 @@
-"""Faults put in on purpose, each of which a parity test must notice. Applied inside a worker, around one job."""
+"""Faults put in on purpose, each of which a parity test must notice. Applied inside a worker, around one job.
+
+`FAULTS`, at the end, says on which layout.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
+
+from tests.support.layouts import Layout
 
 
 def _settings(change: Callable[[dict[str, Any]], None]) -> Any:
@@ -212,3 +217,29 @@ def routes_within_two_stages() -> Any:
 def applied(name: str | None) -> Iterator[None]:
     with globals()[name]() if name else contextlib.nullcontext():
         yield
+
+
+SPLIT = Layout(tensor=2, sequence_parallel=True)
+INTERLEAVED = Layout(pipeline=2, virtual_pipeline=2)
+FAULTS = [
+    (divided_at_every_stage, Layout(replicas=2, zero_stage=1)),
+    (divided_at_every_stage, Layout(replicas=2, zero_stage=1, pipeline=2)),
+    (gradients_not_summed_over_tensor_ranks, SPLIT),
+    (gradients_not_summed_over_tensor_ranks, Layout(replicas=2, zero_stage=1, tensor=2)),  # q/k-norms, without SP
+    (split_parameters_not_marked, Layout(tensor=2)),
+    (split_parameters_not_marked, Layout(replicas=2, zero_stage=1, tensor=2)),
+    (route_off_by_one, Layout()),
+    (borrowed_kv_detached, Layout()),
+    (borrowed_kv_detached, Layout(recompute="full")),
+    (drawn_again_in_recompute, Layout(recompute="full")),
+    (micro_batch_dropped, Layout()),
+    (plan_of_the_step_before, Layout()),
+    (backward_seen_flag_kept, Layout(replicas=2, zero_stage=2, pipeline=2)),
+    (chunks_without_overlap, INTERLEAVED),
+    (sent_tensor_emptied, INTERLEAVED),
+    (sources_swapped_on_the_wire, Layout(pipeline=2)),
+    (received_kv_detached, Layout(pipeline=2, zero_stage=1, recompute="full")),
+    (tied_gradient_left_out, Layout(replicas=2, zero_stage=1, pipeline=2, tie_embeddings=True)),
+    (tied_weight_not_refreshed, Layout(pipeline=2, tie_embeddings=True)),
+    (gradients_reduced_as_they_arrive, Layout(replicas=2, zero_stage=2)),  # compiled
+]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
-from skv_dist.parallel.engines.base import Engine, State
+from skv_dist.parallel.engines.base import Engine, Quantity
 from skv_dist.parallel.tensor_split import split_of
 
 
@@ -33,7 +33,7 @@ def _place(name: str) -> tuple[int, str]:
 
 def _joined(engine: Engine, run: RunConfig, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
-    part = engine.read(parameter, State.WEIGHT).contiguous()
+    part = engine.read(parameter, Quantity.WEIGHT).contiguous()
     parts = [torch.empty_like(part) for _ in range(group.size())]
     dist.all_gather(parts, part, group=group)
     return split_of(name, run).join(parts)

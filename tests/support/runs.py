@@ -1,15 +1,15 @@
 """Texts to train on, whole runs as processes, and what comes out of them."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+
+from tests.support.processes import Command, free_port, places
+
+TRAIN, EVALUATE = "skv_dist.commands.train", "skv_dist.commands.evaluate"
 
 
 def write_text(folder: Path) -> None:
@@ -20,29 +20,19 @@ def write_text(folder: Path) -> None:
         (folder / f"{number}.txt").write_text(" ".join(words))
 
 
-def start(file: Path, given: dict[str, Any], processes: int = 1) -> list[subprocess.Popen[str]]:
-    """``skv-train`` on ``given``, written to ``file``, as so many processes; each one's output is piped."""
+def start(file: Path, given: dict[str, Any], processes: int = 1) -> list[Command]:
+    """``skv-train`` on ``given``, written to ``file``, as so many processes."""
     file.write_text(yaml.safe_dump(given))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        places = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": processes,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": 1,
-        }
-        environment = {**os.environ, **{name: str(value) for name, value in places.items()}}
-        command = [sys.executable, "-m", "skv_dist.commands.train", str(file)]
-        started.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        )
-    return started
+    port = free_port()
+    return [
+        Command(TRAIN, [str(file)], places(rank, processes, port), file.with_suffix(f".{rank}.log"))
+        for rank in range(processes)
+    ]
+
+
+def has_stepped(out: Path, steps: int = 3) -> bool:
+    metrics = out / "metrics.jsonl"
+    return metrics.exists() and metrics.read_text().count("\n") >= steps
 
 
 def lines_of(out: Path) -> list[dict[str, Any]]:

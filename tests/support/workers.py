@@ -1,53 +1,49 @@
-"""Runs a function on N gloo processes that live for the whole test session.
+"""The pool: N gloo processes that live for the whole test session and run one job after another.
 
-Importing torch, Megatron and DeepSpeed takes seconds, so the processes are kept; each job makes its own
-model-parallel groups inside the one world.
+Each job makes its own model-parallel groups inside the one world.
 """
 
 import faulthandler
 import gc
-import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
-JOB_TIMEOUT = 150
+from tests.support.processes import fork, free_port, pipe, places
+
+# Seconds without any answer after which a job hangs. No job takes a tenth of it, even on a machine ten times slower.
+HANGS_AFTER = 900
+GRACE = 60  # for the others, once one has failed: they may wait for it in a collective
 MOST_THREADS = 400
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-        CUDA_VISIBLE_DEVICES="",
-    )
+def _serve(rank: int, size: int, port: int, jobs: Connection) -> None:
+    os.environ.update(places(rank, size, port))
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # where it hangs, for the one who reads the log
-    import warnings
-
-    warnings.filterwarnings("ignore")
     import torch
 
     torch.set_num_threads(1)
     while True:
-        job = pipe.recv()
-        if job is None:
-            return
-        function, arguments = job
         try:
-            pipe.send((True, function(*arguments)))
+            function, arguments = jobs.recv()
+        except EOFError:  # the tests are over
+            os._exit(0)
+        try:
+            answer = True, function(*arguments)
         except BaseException as error:
-            pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+            answer = False, (type(error).__name__, str(error), traceback.format_exc())
         gc.collect()  # engines lie in reference cycles and hold process groups, whose threads would add up
+        jobs.send((*answer, _is_worn()))
+
+
+def _is_worn() -> bool:
+    """Whether an engine has outlived its job: DeepSpeed keeps those of ZeRO-3, and jobs after it take twice as long."""
+    engines = any(type(value).__name__ == "DeepSpeedZeroOptimizer_Stage3" for value in gc.get_objects())
+    return engines or len(os.listdir("/proc/self/task")) > MOST_THREADS
 
 
 class JobFailedError(Exception):
@@ -62,43 +58,49 @@ class Workers:
     """``size`` processes; calling it runs ``function(*arguments)`` on all and returns their results by rank."""
 
     def __init__(self, size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        port = free_port()
         self.closed = False
+        self.worn = False  # to be closed before the next job
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
-            process.start()
+            ours, theirs = pipe()
+            self._processes.append(fork(_serve, rank, size, port, theirs, daemon=True))
+            theirs.close()
             self._pipes.append(ours)
-            self._processes.append(process)
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        for pipe in self._pipes:
-            pipe.send((function, arguments))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(JOB_TIMEOUT):
-                self._print_stacks()
-                self.close()
-                for succeeded, answer in answers:
-                    if not succeeded:  # which is why the others wait
-                        raise JobFailedError(*answer)
-                raise TimeoutError(f"rank {rank} gave no answer within {JOB_TIMEOUT} s")
-            answers.append(pipe.recv())
-        for succeeded, answer in answers:
-            if not succeeded:
-                raise JobFailedError(*answer)
-        return [answer for _, answer in answers]
+        for jobs in self._pipes:
+            jobs.send((function, arguments))
+        answers: dict[int, Any] = {}
+        failed: list[Any] = []
+        while len(answers) < len(self._pipes):
+            waiting = [jobs for rank, jobs in enumerate(self._pipes) if rank not in answers]
+            ready = wait(waiting, GRACE if failed else HANGS_AFTER)
+            if not ready:
+                break
+            for jobs in ready:
+                succeeded, answer = self._answer(jobs)
+                answers[self._pipes.index(jobs)] = answer
+                if not succeeded:
+                    failed.append(answer)
+        if len(answers) < len(self._pipes):
+            self._print_stacks()
+            self.close()
+        if failed:
+            raise JobFailedError(*failed[0])
+        if self.closed:
+            raise TimeoutError(f"only ranks {sorted(answers)} answered within {HANGS_AFTER} s")
+        return [answers[rank] for rank in range(len(self._pipes))]
 
-    @property
-    def worn(self) -> bool:
-        """Whether to start afresh: what DeepSpeed keeps of a ZeRO-3 engine holds process groups and their threads."""
-        tasks = Path(f"/proc/{self._processes[0].pid}/task")
-        return self.closed or (tasks.exists() and len(list(tasks.iterdir())) > MOST_THREADS)
+    def _answer(self, jobs: Connection) -> tuple[bool, Any]:
+        try:
+            succeeded, answer, worn = jobs.recv()
+            self.worn |= worn
+            return succeeded, answer
+        except EOFError:
+            self.close()
+            return False, ("EOFError", "a worker ended in the middle of a job", "")
 
     def _print_stacks(self) -> None:
         for process in self._processes:
@@ -107,6 +109,24 @@ class Workers:
                 time.sleep(1)  # one after the other
 
     def close(self) -> None:
-        self.closed = True
+        self.closed = self.worn = True
         for process in self._processes:
             process.kill()
+
+
+class Pools:
+    """``pools(n)``: n processes, started at first use and kept while they are fit."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Workers] = {}
+
+    def __call__(self, size: int) -> Workers:
+        if size in self._pools and self._pools[size].worn:
+            self._pools.pop(size).close()
+        if size not in self._pools:
+            self._pools[size] = Workers(size)
+        return self._pools[size]
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()

@@ -1,10 +1,6 @@
 """Whole runs: determinism, the order of samples, the guard, SIGTERM, the saved weights."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support.jobs import parity
-from tests.support.jobs.loop import host_reads, run_training, steps_before_data_fail
+from tests.support.jobs.loop import host_reads, run_training, steps_before_data_fail, steps_until_sigterm_within
 from tests.support.runs import losses
 from tests.support.settings import GLOBAL_BATCH, config, run_settings
 from tests.support.workers import JobFailedError
@@ -80,6 +76,11 @@ def test_a_step_left_out_leaves_nothing_behind(workers: Any, zero: int) -> None:
     assert norm == pytest.approx(workers(1)(parity.skip_update, single)[0][1], rel=1e-5)
 
 
+def test_a_signal_within_a_step_ends_the_run_after_that_step(workers: Any) -> None:
+    settings = config(parallel={"zero_stage": 0}, train={"steps": 5})
+    assert workers(1)(steps_until_sigterm_within, settings, 3)[0] == (3, "SIGTERM")
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_host_does_not_read_the_device_while_it_launches_a_step(workers: Any, compiled: bool) -> None:
     given = config(parallel={"zero_stage": 0}, train={"compile": compiled})
@@ -89,56 +90,3 @@ def test_the_host_does_not_read_the_device_while_it_launches_a_step(workers: Any
 def test_steps_before_unreadable_data_are_recorded(workers: Any) -> None:
     given = config(train={"steps": 6})
     assert workers(1)(steps_before_data_fail, given, 3 * GLOBAL_BATCH)[0] == [1, 2, 3]
-
-
-def test_sigterm_ends_after_the_step_and_what_is_saved_can_be_measured(text: Path, tmp_path: Path) -> None:
-    import yaml
-
-    out = tmp_path / "run"
-    file = tmp_path / "run.yaml"
-    given = run_settings(text, out, train={"steps": 100000}, eval={"every": 10**6}, parallel={"zero_stage": 0})
-    file.write_text(yaml.safe_dump(given))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "skv_dist.commands.train", str(file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, printed
-    step = metrics.read_text().count("\n")
-    assert f"stopped by SIGTERM after step {step}" in printed
-    checkpoint = out / "checkpoints" / f"step_{step:08d}"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "skv_dist.commands.evaluate",
-            str(checkpoint),
-            "--retention",
-            "1",
-            "0.5",
-            "--cached-layers",
-            "0",
-            "1",
-            "--json",
-            str(tmp_path / "losses.json"),
-            "--prompt",
-            "the ",
-            "--new-tokens",
-            "5",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    measured = json.loads((tmp_path / "losses.json").read_text())
-    assert set(measured) == {"loss@1.00", "loss@0.50", "loss@layers 0,1"}
-    assert done.stdout.count("sampled under") == 3

@@ -11,9 +11,10 @@ import torch
 from skv_dist.parallel.engines.optimizer import GuardedAdamW, Update
 from skv_dist.parallel.engines.tied import TiedHead
 from skv_dist.parallel.local_model import LocalModel
+from skv_dist.routing import RoutePlan
 
 
-class State(StrEnum):
+class Quantity(StrEnum):
     """What a parameter has: its fp32 weight, and Adam's moments. The values are the prefixes of names on disk."""
 
     WEIGHT = "model"
@@ -21,7 +22,7 @@ class State(StrEnum):
     EXP_AVG_SQ = "exp_avg_sq"
 
 
-MOMENTS = (State.EXP_AVG, State.EXP_AVG_SQ)
+MOMENTS = (Quantity.EXP_AVG, Quantity.EXP_AVG_SQ)
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,18 @@ class Engine(ABC):
     optimizer: GuardedAdamW
     tied: TiedHead
 
-    def forward(self, index: int, *args: Any) -> torch.Tensor:
+    def forward(
+        self,
+        index: int,
+        plan: RoutePlan,
+        tokens: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        received: torch.Tensor | None = None,
+        width: int | None = None,
+    ) -> torch.Tensor:
         """`LocalModel.run_chunk`, with or without gradient."""
-        return self._call(self.model.run_chunk, index, *args)
+        return self._call(self.model.run_chunk, index, plan, tokens, labels, documents, received, width)
 
     def _call(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         """A method of the model, called through whatever must see every forward."""
@@ -72,7 +82,7 @@ class Engine(ABC):
     def assign(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
         """Set parameters, fp32 weights included, from this tensor-parallel rank's parts. Collective."""
         for parameter, value in values:
-            self.write(parameter, State.WEIGHT, value)
+            self.write(parameter, Quantity.WEIGHT, value)
         self.tied.refresh()
 
     def add_tied_gradient(self) -> None:
@@ -85,14 +95,14 @@ class Engine(ABC):
     def _update(self, skip_update: torch.Tensor | bool) -> StepOutcome: ...
 
     @abstractmethod
-    def read(self, parameter: torch.nn.Parameter, state: State) -> torch.Tensor:
+    def read(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
         """fp32 value of this tensor-parallel rank's part. Collective over data-parallel ranks.
 
         Moments can be read after `prepare_moments`.
         """
 
     @abstractmethod
-    def write(self, parameter: torch.nn.Parameter, state: State, value: torch.Tensor) -> None:
+    def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
         """The inverse of `read`; of a weight also the working copy. A caller refreshes `tied` behind the last one."""
 
     @abstractmethod
@@ -100,17 +110,20 @@ class Engine(ABC):
         """Clip gradients to this global norm from the next step on; 0: no clipping."""
 
     @abstractmethod
-    def _fp32_weights(self) -> Sequence[torch.Tensor]:
-        """The fp32 tensors of this rank that the optimizer updates."""
+    def _masters(self) -> Sequence[torch.Tensor]:
+        """The masters of this rank: the fp32 weights that the optimizer updates."""
 
     def replace_update(self, update: Update) -> None:
         """From the next step on, call ``update(weight, gradient)`` in place of AdamW for each fp32 tensor that this
-        rank updates. Gradients come reduced, and divided by what clipping asks for."""
+        rank updates, skipped updates included. Gradients come reduced, and divided by what clipping asks for.
+
+        A seam for those who look at gradients, such as tests.
+        """
         self.optimizer.update = update
 
     def prepare_moments(self) -> None:
         """Make Adam's state, as its first step would."""
-        for weight in self._fp32_weights():
+        for weight in self._masters():
             state = self.optimizer.state[weight]
             if not state:
                 device = weight.device if self.optimizer.defaults["fused"] else "cpu"
@@ -122,11 +135,11 @@ class Engine(ABC):
     @property
     def num_updates(self) -> int:
         """Updates that Adam has made (after `prepare_moments`)."""
-        return int(self.optimizer.state[self._fp32_weights()[0]]["step"].item())
+        return int(self.optimizer.state[self._masters()[0]]["step"].item())
 
     @num_updates.setter
     def num_updates(self, count: int) -> None:
-        for weight in self._fp32_weights():
+        for weight in self._masters():
             self.optimizer.state[weight]["step"].fill_(float(count))
 
     def close(self) -> None:

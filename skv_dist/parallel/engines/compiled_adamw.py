@@ -27,7 +27,7 @@ class CompiledAdamW:
     def __init__(self, optimizer: GuardedAdamW, named: Sequence[Named]) -> None:
         self._optimizer = optimizer
         # Layers look alike: one graph serves them all, and a call updates a whole layer.
-        self._runs = [list(run) for _, run in groupby(named, lambda entry: _layer(entry[0]))]
+        self._layers = [list(layer) for _, layer in groupby(named, lambda entry: _layer(entry[0]))]
         self._decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         self._update_: Callable[..., None] = torch.compile(_update_, fullgraph=True, dynamic=False)
 
@@ -44,15 +44,15 @@ class CompiledAdamW:
             self._replaced_step(self._optimizer.update, gradients, scale)
             return
         group, state = self._optimizer.param_groups[0], self._optimizer.state
-        count = state[self._runs[0][0][1]]["step"].double() + 1
+        count = state[self._layers[0][0][1]]["step"].double() + 1
         lr = torch.full((), group["lr"], device=scale.device)
         corrections = [(1 - beta**count).float() for beta in group["betas"]]
-        for run in self._runs:
-            masters = [master for _, master, _ in run]
+        for layer in self._layers:
+            masters = [master for _, master, _ in layer]
             self._update_(
                 masters,
-                [None if copy is master else copy for _, master, copy in run],
-                [gradients[copy] for _, _, copy in run],
+                [None if copy is master else copy for _, master, copy in layer],
+                [gradients[copy] for _, _, copy in layer],
                 *([state[master][name] for master in masters] for name in MOMENTS),
                 [self._decay[master] for master in masters],
                 group["betas"],
@@ -66,8 +66,8 @@ class CompiledAdamW:
         torch._foreach_add_(counts, [applied.float()] * len(counts))  # a lone scalar tensor would be read by the host
 
     def _replaced_step(self, update: Update, gradients: Gradients, scale: torch.Tensor) -> None:
-        for run in self._runs:
-            for _, master, copy in run:
+        for layer in self._layers:
+            for _, master, copy in layer:
                 update(master, gradients[copy].float() / scale)
                 copy.copy_(master)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from skv_dist.config.run import RunConfig
-from skv_dist.parallel.engines.base import Engine, State, StepOutcome
+from skv_dist.parallel.engines.base import Engine, Quantity, StepOutcome
 from skv_dist.parallel.engines.tied import TiedHead
 from skv_dist.parallel.local_model import build_local_model
 
@@ -25,12 +25,12 @@ class FrozenEngine(Engine):
     def set_clip_grad_norm(self, limit: float) -> None:
         raise NotImplementedError("a frozen model has no gradients")
 
-    def read(self, parameter: torch.nn.Parameter, state: State) -> torch.Tensor:
+    def read(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
         return parameter.detach().float()
 
     @torch.no_grad()
-    def write(self, parameter: torch.nn.Parameter, state: State, value: torch.Tensor) -> None:
+    def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
         parameter.copy_(value)
 
-    def _fp32_weights(self) -> Sequence[torch.Tensor]:
+    def _masters(self) -> Sequence[torch.Tensor]:
         return []

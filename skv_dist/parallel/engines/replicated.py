@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
-from skv_dist.parallel.engines.base import Engine, State, StepOutcome
+from skv_dist.parallel.engines.base import Engine, Quantity, StepOutcome
 from skv_dist.parallel.engines.compiled_adamw import CompiledAdamW
 from skv_dist.parallel.engines.gradient_sums import Gradients, GradientSums
 from skv_dist.parallel.engines.optimizer import build_optimizer
@@ -88,18 +88,18 @@ class ReplicatedEngine(Engine):
         if working_copies:
             torch._foreach_copy_(working_copies, [self._master_of[p] for p in working_copies])  # type: ignore[index]
 
-    def _fp32_weights(self) -> Sequence[torch.Tensor]:
+    def _masters(self) -> Sequence[torch.Tensor]:
         return list(self._master_of.values())
 
-    def _stored(self, parameter: torch.nn.Parameter, state: State) -> torch.Tensor:
+    def _stored(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
         master = self._master_of[parameter]
-        return master if state is State.WEIGHT else self.optimizer.state[master][state.value]
+        return master if quantity is Quantity.WEIGHT else self.optimizer.state[master][quantity.value]
 
-    def read(self, parameter: torch.nn.Parameter, state: State) -> torch.Tensor:
-        return self._stored(parameter, state).detach()
+    def read(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
+        return self._stored(parameter, quantity).detach()
 
     @torch.no_grad()
-    def write(self, parameter: torch.nn.Parameter, state: State, value: torch.Tensor) -> None:
-        self._stored(parameter, state).copy_(value)
-        if state is State.WEIGHT:
+    def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
+        self._stored(parameter, quantity).copy_(value)
+        if quantity is Quantity.WEIGHT:
             parameter.copy_(value)

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
 from skv_dist.model.layer import RoutedLayer
-from skv_dist.parallel.engines.base import Engine, State, StepOutcome
+from skv_dist.parallel.engines.base import Engine, Quantity, StepOutcome
 from skv_dist.parallel.engines.optimizer import build_optimizer
 from skv_dist.parallel.engines.tied import TiedHead
 from skv_dist.parallel.local_model import LocalModel, build_local_model, local_initial_values
@@ -176,7 +176,7 @@ class ZeroEngine(Engine):
             norm = float("inf")
         return StepOutcome(torch.tensor(norm), torch.tensor(not self._asked_to_skip and is_valid_norm(norm)))
 
-    def _fp32_weights(self) -> Sequence[torch.Tensor]:
+    def _masters(self) -> Sequence[torch.Tensor]:
         if self._stage == 3:
             return self._zero.fp32_partitioned_groups_flat
         return [weights for _, weights in self._flat_groups()]
@@ -198,29 +198,29 @@ class ZeroEngine(Engine):
         for parameters, weights in self._flat_groups():
             lazy_init_hp_params_optimizer_state(parameters, weights, self.optimizer.state)
 
-    def read(self, parameter: torch.nn.Parameter, state: State) -> torch.Tensor:
+    def read(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if state is State.WEIGHT:
+        if quantity is Quantity.WEIGHT:
             return safe_get_full_fp32_param(parameter).detach()
-        return safe_get_full_optimizer_state(parameter, state.value).detach()
+        return safe_get_full_optimizer_state(parameter, quantity.value).detach()
 
     @torch.no_grad()
-    def write(self, parameter: torch.nn.Parameter, state: State, value: torch.Tensor) -> None:
+    def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if self._stage == 3:
-            self._write_partition(parameter, state, value)
-        elif state is State.WEIGHT:
+            self._write_partition(parameter, quantity, value)
+        elif quantity is Quantity.WEIGHT:
             safe_set_full_fp32_param(parameter, value)
         else:
-            safe_set_full_optimizer_state(parameter, value, state.value)
-        if state is State.WEIGHT:
+            safe_set_full_optimizer_state(parameter, value, quantity.value)
+        if quantity is Quantity.WEIGHT:
             self._write_copies(iter([(parameter, value)]))
 
-    def _write_partition(self, parameter: torch.nn.Parameter, state: State, value: torch.Tensor) -> None:
+    def _write_partition(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
         """Stage 3: DeepSpeed's ``safe_set_...`` reads past the end of a value that the replicas do not divide."""
-        key = None if state is State.WEIGHT else state.value
+        key = None if quantity is Quantity.WEIGHT else quantity.value
         partition, _ = self._zero._get_fp32_opt_state_partition(parameter, False, optim_state_key=key)
         begin = partition.numel() * self._zero._get_param_partition_rank(parameter)
         part = value.flatten()[begin : begin + partition.numel()]

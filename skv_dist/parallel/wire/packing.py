@@ -23,13 +23,12 @@ class Packing:
     hidden_size: int
     num_kv_heads: int
     head_width: int
-    fold: int
+    sequence_split: int
 
     @classmethod
     def of(cls, run: RunConfig) -> "Packing":
         heads = max(1, run.model.num_kv_heads // run.parallel.tensor)
-        fold = run.parallel.tensor if run.parallel.sequence_parallel else 1
-        return cls(run.model.hidden_size, heads, run.model.kv_channels, fold)
+        return cls(run.model.hidden_size, heads, run.model.kv_channels, run.parallel.sequence_split)
 
     @property
     def kv_width(self) -> int:
@@ -38,7 +37,7 @@ class Packing:
         With sequence parallelism the hidden state has s/t rows and K/V have s: they count as s/t rows of t times the
         width.
         """
-        return 2 * self.num_kv_heads * self.head_width * self.fold
+        return 2 * self.num_kv_heads * self.head_width * self.sequence_split
 
     def width(self, num_sources: int) -> int:
         """Columns of hidden state and the K/V of ``num_sources`` layers."""
@@ -70,7 +69,7 @@ class Packing:
     def unpack(self, packed: torch.Tensor, sources: Sequence[int]) -> tuple[torch.Tensor, dict[int, KV]]:
         """The inverse of `pack`: hidden [s/t, b, h] and, by source, K/V [s, b, k, d]."""
         rows, batch = packed.shape[:2]
-        length = rows * self.fold
+        length = rows * self.sequence_split
         kv_shape = (length, batch, self.num_kv_heads, self.head_width)
         kv_size = length * batch * self.num_kv_heads * self.head_width
         sizes = [rows * batch * self.hidden_size] + [kv_size] * (2 * len(sources))

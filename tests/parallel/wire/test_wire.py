@@ -78,7 +78,7 @@ def test_packing_and_unpacking_are_inverse_with_gradients() -> None:
 
     length, batch, heads, width, hidden_size = 8, 3, 2, 4, 6
     for rows in (8, 4):
-        packing = Packing(hidden_size, heads, width, fold=length // rows)
+        packing = Packing(hidden_size, heads, width, sequence_split=length // rows)
         hidden = torch.randn(rows, batch, hidden_size, requires_grad=True)
         kv = {s: KV(*torch.randn(2, length, batch, heads, width).unbind()) for s in (1, 3, 4)}
         for pair in kv.values():

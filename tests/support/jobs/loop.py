@@ -99,3 +99,33 @@ def host_reads(settings: dict[str, Any]) -> int:
         with Count() as count:
             trainer.launch(work)
     return count.reads
+
+
+def steps_until_sigterm_within(settings: dict[str, Any], step: int) -> tuple[int, str | None]:
+    """SIGTERM arrives while ``step`` is computed: (steps that were made, what stopped the run)."""
+    import os
+    import signal
+    from unittest import mock
+
+    from skv_dist.training import trainer as training
+
+    right, calls = training.run_batch, 0
+
+    def interrupted(*args: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return right(*args, **keywords)
+
+    class Samples:
+        def __getitem__(self, index: int) -> Any:
+            from skv_dist.data.packing import Sample
+
+            return Sample(np.arange(SEQUENCE + 1), np.zeros(SEQUENCE + 1, np.int64))
+
+    with built(settings) as (run, world), made_engine(run, world) as engine:
+        trainer = _trainer(run, world, engine, Samples())
+        with mock.patch.object(training, "run_batch", interrupted):
+            trainer.fit()
+        return trainer.step, trainer.stopped_by

@@ -48,7 +48,7 @@ def missing_source(settings: dict[str, Any]) -> str:
         tokens = torch.zeros(2, SEQUENCE, dtype=torch.int64)
         hidden = torch.zeros(SEQUENCE, 2, run.model.hidden_size)
         try:
-            second(RoutePlan([0, 1, 2, 3, 4, 1, 6, 7]), tokens, hidden)
+            second(RoutePlan([0, 1, 2, 3, 4, 1, 6, 7]), tokens, hidden=hidden)
         except UserError as error:
             return str(error)
         return ""

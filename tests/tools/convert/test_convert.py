@@ -3,17 +3,21 @@
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from skv_tools.convert import run_engine
 from skv_tools.convert.cli import main
 
 from tests.support.jobs.loop import run_training
+from tests.support.processes import run_forked
 from tests.support.settings import BASE, run_settings
 from tests.tools.convert.hf_models import LAYERS, make, save
 
@@ -33,6 +37,12 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Call:
         return main()
 
     return convert
+
+
+@pytest.fixture(autouse=True)
+def engines_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines run in processes whose imports are done. The last test starts a new interpreter, as users do."""
+    monkeypatch.setattr(run_engine, "subprocess", SimpleNamespace(run=run_forked))
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +140,12 @@ def test_the_exported_model_is_the_checkpoint_under_its_map(
     # The runner is told another map than the one the reference gets.
     import numpy as np
     from skv_tools.convert.reference import TEXT, comparison_tokens, reference_log_probs
-    from skv_tools.convert.run_engine import run_engine
     from skv_tools.convert.verify import largest_difference
 
     tokens, sources = comparison_tokens(out, TEXT, 32), tuple(MAPS[name])
     right = reference_log_probs(checkpoint, tokens, {sources}, torch.float32)[sources]
     np.save(tmp_path / "tokens.npy", tokens)
-    measured = run_engine(engine, sys.executable, out, tmp_path / "tokens.npy", tmp_path / "measured.npz")
+    measured = run_engine.run_engine(engine, sys.executable, out, tmp_path / "tokens.npy", tmp_path / "measured.npz")
     assert largest_difference(measured["prefill"], right) > 0.1
 
 
@@ -286,3 +295,10 @@ def test_damaged_folders_are_named(call: Call, tmp_path: Path, capsys: pytest.Ca
     assert call("from-hf", source, tmp_path / "ours") == 2
     assert "holds no tokenizer" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "whole"}
+
+
+def test_an_engine_runs_in_an_interpreter_of_its_own(
+    call: Call, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_engine, "subprocess", subprocess)
+    assert call("to-hf", checkpoint, tmp_path / "out", "--kv-source-layers", *MAPS["irregular"]) == 0

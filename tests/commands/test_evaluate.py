@@ -1,0 +1,60 @@
+"""`skv-eval` on the checkpoint of a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skv_dist.checkpoint import folder as files
+from tests.support.jobs.loop import run_training
+from tests.support.processes import Command, free_port, places
+from tests.support.runs import EVALUATE
+from tests.support.settings import run_settings
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def run(workers: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """(last checkpoint, last line of metrics) of a run over two replicas."""
+    out = tmp_path_factory.mktemp("evaluated") / "run"
+    lines = workers(2)(run_training, run_settings(text, out, train={"steps": STEPS}, eval={"every": STEPS}))[0]
+    return files.folder_of(out / "checkpoints", STEPS), lines[-1]
+
+
+def evaluate(folder: Path, checkpoint: Path, *arguments: object, processes: int = 1) -> tuple[str, dict[str, float]]:
+    """What the first process printed, and the losses."""
+    port = free_port()
+    given = [str(checkpoint), *map(str, arguments), "--json", str(folder / "losses.json")]
+    commands = [
+        Command(EVALUATE, given, places(rank, processes, port), folder / f"{rank}.log") for rank in range(processes)
+    ]
+    for command in commands:
+        assert command.wait() == 0, command.printed
+    return commands[0].printed, json.loads((folder / "losses.json").read_text())
+
+
+def test_losses_are_those_of_the_run_and_text_is_sampled(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    checkpoint, metrics = run
+    maps = ("--retention", 1, 0.5, "--cached-layers", 0, 2, 4, 6, "--cached-layers", 1, 0)
+    printed, losses = evaluate(tmp_path, checkpoint, *maps, "--prompt", "the ", "--new-tokens", 5)
+    assert set(losses) == {"loss@1.00", "loss@0.50", "loss@layers 0,2,4,6", "loss@layers 0,1"}
+    for name in ("loss@1.00", "loss@0.50"):
+        assert losses[name] == pytest.approx(metrics[f"eval/{name}"], rel=1e-6)
+    assert losses["loss@layers 0,2,4,6"] == losses["loss@0.50"]
+    assert printed.count("sampled under") == 4
+    assert "2 of 8 layers cached" in printed
+
+
+def test_another_layout_measures_the_same(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    checkpoint, metrics = run
+    _, losses = evaluate(tmp_path, checkpoint, "parallel.tensor=2", "parallel.pipeline=2", processes=4)
+    assert losses == pytest.approx({name: metrics[f"eval/{name}"] for name in losses}, rel=1e-5)
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
+    command = Command(EVALUATE, [str(tmp_path / "gone")], {}, tmp_path / "printed.log")
+    assert command.wait() == 2
+    assert "Traceback" not in command.printed
+    assert str(tmp_path / "gone") in command.printed

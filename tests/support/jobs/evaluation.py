@@ -1,0 +1,55 @@
+"""A model of given weights, measured and sampled from in any layout."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tests.support import engine as engines
+from tests.support.engine import built
+
+
+def random_sample(position: int, sequence: int, vocab_size: int) -> Any:
+    """Tokens that depend on the position alone."""
+    from skv_dist.data.packing import Sample
+
+    tokens = np.random.default_rng(position).integers(0, vocab_size, sequence + 1)
+    return Sample(tokens, np.zeros(sequence + 1, np.int64))
+
+
+def swept_losses(
+    settings: dict[str, Any], weights: dict[str, np.ndarray], tables: Mapping[str, tuple[int, ...]]
+) -> dict[str, float]:
+    """Loss by map over the first ``eval.samples`` random samples. With no tables: those of ``eval.retention``."""
+    from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
+    from skv_dist.routing import RoutePlan
+
+    class Samples:
+        def __getitem__(self, position: int) -> Any:
+            return random_sample(position, run.data.sequence_length, run.vocab_size)
+
+    with built(settings) as (run, world):
+        engine = engines.frozen_engine(run, world)
+        engines.assign_full(engine, run, world, weights)
+        plans = {name: RoutePlan(table) for name, table in tables.items()} or retention_plans(run)
+        return sweep(engine, run, evaluation_batches(run, world, Samples()), plans)
+
+
+def sampled_tokens(
+    settings: dict[str, Any], weights: dict[str, np.ndarray], table: list[int], prompt: str, **given: Any
+) -> list[int]:
+    """The tokens of `sample_text`."""
+    from skv_dist.data.tokenizer import ByteTokenizer
+    from skv_dist.evaluation.generate import sample_text
+    from skv_dist.routing import RoutePlan
+
+    class Numbers(ByteTokenizer):
+        def decode(self, ids: list[int]) -> str:
+            return " ".join(map(str, ids))
+
+    with built(settings) as (run, world):
+        engine = engines.frozen_engine(run, world)
+        engines.assign_full(engine, run, world, weights)
+        multiple = run.parallel.sequence_split
+        text = sample_text(engine, world, Numbers(), RoutePlan(table), prompt, multiple=multiple, **given)
+        return [int(number) for number in text.split()]
