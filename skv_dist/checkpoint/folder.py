@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,9 @@ def publish(folder: Path, manifest: dict[str, Any]) -> None:
     """
     unfinished = unfinished_path(folder)
     for name, entry in manifest.items():  # written by other processes, perhaps on other hosts
-        if (unfinished / name).stat().st_size != entry["bytes"]:
-            raise OSError(errno.EIO, f"{name} is not whole on this host")
+        file = unfinished / name
+        if not file.exists() or file.stat().st_size != entry["bytes"]:
+            raise OSError(errno.EIO, f"{name} is not whole where {socket.gethostname()} looks for it")
     seal(unfinished, manifest)
     latest = folder.parent / LATEST
     write_synced(unfinished_path(latest), folder.name + "\n")  # before the renames, which need no space

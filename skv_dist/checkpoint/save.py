@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
@@ -141,3 +142,19 @@ def write_tensors(folder: Path, shards: dict[str, Shards], group: dist.ProcessGr
     """Write what each rank stores into the unfinished form of ``folder``. Collective over ``group``."""
     writer = dcp.FileSystemWriter(unfinished_path(folder), sync_files=True)
     dcp.save(dict(shards), storage_writer=writer, process_group=group)
+
+
+def write_alone(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write full tensors into ``folder``, in one process without process groups.
+
+    Raises:
+        UserError: what they are made from cannot be read.
+        OSError: they cannot be written.
+    """
+    try:
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
+    except DCP_ERRORS as problem:
+        cause = cause_of(problem)
+        if isinstance(cause, UserError):
+            raise cause from problem
+        raise OSError(cause_in_one_line(cause)) from problem

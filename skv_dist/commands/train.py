@@ -1,6 +1,7 @@
 """``skv-train``: train from one YAML file, under plain python, torchrun or deepspeed alike."""
 
 import argparse
+import contextlib
 import os
 import signal
 from collections.abc import Callable
@@ -97,12 +98,16 @@ def _train_in_world(
     out = output_folder.folder_of(run)
     start = resume.choose(run, out / output_folder.CHECKPOINTS, tokenizer.fingerprints())
     data = _open_data(run, tokenizer, start)
+    is_new = world.is_first and not out.exists()
     _claim(out, run, world)
     lock = FolderLock(out)
     try:
         return _train_in_folder(run, derived, tokenizer, world, stop, start, data)
     finally:
         lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # where the start was refused: it is empty
 
 
 def _open_data(run: RunConfig, tokenizer: "Tokenizer", start: Path | None) -> RunData:

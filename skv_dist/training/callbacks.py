@@ -6,13 +6,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
 from skv_dist.checkpoint.save import Saver
+from skv_dist.training.output_folder import METRICS
 
 Metrics = dict[str, float | int]
 
@@ -109,6 +110,8 @@ class JsonLines(Callback):
 
 
 class TensorBoard(Callback):
+    """The same numbers as in ``metrics.jsonl``. Where they cannot be written any more, the run says so and goes on."""
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: Any = None
@@ -116,15 +119,30 @@ class TensorBoard(Callback):
     def on_start(self, step: int, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+        with self._giving_up():
+            self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
 
     def on_step(self, step: int, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
+        with self._giving_up():
+            for name, value in metrics.items():
+                if self._writer is not None:
+                    self._writer.add_scalar(name if "/" in name else f"train/{name}", value, step)
 
     def on_end(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with self._giving_up():
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # of its thread too, which has ended then
+            self._writer = None
+            reason = error.strerror or error
+            print(
+                f"{self._folder} cannot be written: {reason}; going on without, {METRICS} has the numbers", flush=True
+            )
 
 
 class Console(Callback):

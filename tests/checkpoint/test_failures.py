@@ -3,7 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.save import write_alone
+from skv_dist.files import unfinished_path
 from skv_dist.training.callbacks import JsonLines
 from tests.support.jobs.checkpoint import run_and_report, run_that_fails_while_saving, run_where_metrics_do_not_fit
 from tests.support.runs import lines_of
@@ -73,3 +78,32 @@ def test_a_save_under_way_is_waited_for(workers: Any, text: Path, tmp_path: Path
     root = tmp_path / "run" / "checkpoints"
     files.verify(files.folder_of(root, 1))
     assert (root / files.LATEST).read_text() == "step_00000001\n"
+
+
+def test_tools_that_cannot_write_say_so(tmp_path: Path) -> None:
+    """DCP's own class is no Exception: it would pass by whoever waits for one."""
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory"):
+        write_alone(tmp_path / "file" / "folder", {"model.a": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("elsewhere", ["missing", "cut"])
+def test_files_that_are_not_whole_here_are_not_published(tmp_path: Path, elsewhere: str) -> None:
+    """As where another host wrote them to its own disk."""
+    folder = files.folder_of(tmp_path, 1)
+    unfinished = unfinished_path(folder)
+    unfinished.mkdir()
+    files.write_state(unfinished, {"step": 1})
+    written = unfinished / "__1_0.distcp"
+    written.write_bytes(b"tensors")
+    manifest = {path.name: files.digest(path) for path in unfinished.iterdir()}
+    if elsewhere == "cut":
+        written.write_bytes(b"")
+    else:
+        written.unlink()
+    with pytest.raises(OSError, match=r"__1_0\.distcp is not whole where"):
+        files.publish(folder, manifest)
+    assert [path.name for path in tmp_path.iterdir()] == [unfinished.name]
+    written.write_bytes(b"tensors")
+    files.publish(folder, manifest)
+    files.verify(folder)

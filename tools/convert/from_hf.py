@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from skv_dist import __version__
 from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.save import write_alone
 from skv_dist.checkpoint.shards import Shards
 from skv_dist.config.load import dump_config
 from skv_dist.config.model import ModelConfig
@@ -70,8 +70,7 @@ def from_hf(source: Path, out: Path, tokenizer_name: str | None) -> int:
         (checkpoint / MODEL_FILE).write_text(yaml.safe_dump(base, sort_keys=False))
         (checkpoint / files.CONFIG).write_text(dump_config(run))
         files.write_state(checkpoint, _state(model, tokenizer, source))
-        writer = dcp.FileSystemWriter(checkpoint, sync_files=True)
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+        write_alone(checkpoint, tensors)
         files.seal(checkpoint, {path.name: files.digest(path) for path in checkpoint.iterdir()})
     return sum(tensor.numel() for tensor in tensors.values())
 
