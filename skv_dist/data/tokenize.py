@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def _tokenized(
     cache_dir: str | None,
     max_skipped: float,
     progress: bool,
-) -> Iterator[TokenDocument]:
+) -> Generator[TokenDocument, None, None]:
     for source in sources:
         skipped = Skipped(source.path, max_skipped)
         texts = tqdm(
