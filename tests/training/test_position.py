@@ -74,12 +74,13 @@ def last_to_meet(folder: Path) -> bool:
     from skv_dist.parallel.processes.rendezvous import wait_for_all
 
     everybody_there = []
-    for meeting in range(2):
-        if dist.get_rank() == meeting:
-            time.sleep(0.2)
-        (folder / f"{meeting}-{dist.get_rank()}").touch()
-        wait_for_all()
-        everybody_there.append(len(list(folder.glob(f"{meeting}-*"))) == dist.get_world_size())
+    with built(config()):
+        for meeting in range(2):
+            if dist.get_rank() == meeting:
+                time.sleep(0.2)
+            (folder / f"{meeting}-{dist.get_rank()}").touch()
+            wait_for_all()
+            everybody_there.append(len(list(folder.glob(f"{meeting}-*"))) == dist.get_world_size())
     return all(everybody_there)
 
 
