@@ -5,10 +5,11 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 
@@ -24,7 +25,7 @@ _tokenizer: Tokenizer | None = None  # of a worker process
 Encoded = list[TokenDocument]
 
 
-def encoded(texts: Iterable[str], tokenizer: Tokenizer, workers: int) -> Iterator[TokenDocument]:
+def encoded(texts: Iterable[str], tokenizer: Tokenizer, workers: int) -> Generator[TokenDocument, None, None]:
     """Each text as tokens, in order.
 
     Raises:
@@ -77,9 +78,14 @@ def _start(tokenizer: Tokenizer) -> None:
     _tokenizer = tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
+    parent = multiprocessing.parent_process()  # if it is killed, nobody else ends this process
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _encode_batch(texts: list[str]) -> Encoded:

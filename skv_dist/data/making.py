@@ -79,6 +79,15 @@ def made_once(out: Path, make: Callable[[], None]) -> Path:
     return out
 
 
+def pass_abandoned(out: Path) -> None:
+    """Where a process of this host left its lock of ``out`` and is gone, remove the lock."""
+    lock = _lock_of(out)
+    watch = _Watch(lock)
+    while _is_gone(_text_of(lock)):
+        watch.look(out)
+        time.sleep(0.1)
+
+
 class _Watch:
     """Looks at a lock of another process, says who holds it, and removes it once it is abandoned."""
 
@@ -111,10 +120,17 @@ def _lock_of(out: Path) -> Path:
 
 def _owner(lock: Path) -> str:
     try:
-        host, pid = lock.read_text().split()
-    except (OSError, ValueError):
+        host, pid = _text_of(lock).split()
+    except ValueError:
         return "another process"
     return f"process {pid} on {host}"
+
+
+def _text_of(lock: Path) -> str:
+    try:
+        return lock.read_text()
+    except OSError:  # released meanwhile
+        return ""
 
 
 def _is_gone(text: str) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 from skv_dist.config.data import SourceConfig
 from skv_dist.data.encoders import encoded
 from skv_dist.data.local_files import local_files
-from skv_dist.data.making import made_once, making
+from skv_dist.data.making import made_once, making, pass_abandoned
 from skv_dist.data.skipped import Skipped
 from skv_dist.data.sources import documents
 from skv_dist.data.token_set import TokenDocument, write_prepared
@@ -26,7 +26,7 @@ def _tokenized(
     cache_dir: str | None,
     max_skipped: float,
     progress: bool,
-) -> Iterator[TokenDocument]:
+) -> Generator[TokenDocument, None, None]:
     for source in sources:
         skipped = Skipped(source.path, max_skipped)
         texts = tqdm(
@@ -60,6 +60,7 @@ def prepare(
     Raises:
         UserError: a source cannot be read, holds no text, or ``out`` exists or is being made; nothing is left behind.
     """
+    pass_abandoned(out)
     with making(out):
         _prepare(sources, tokenizer, out, workers, cache_dir, max_skipped, progress)
 

@@ -107,6 +107,14 @@ def test_an_abandoned_lock_is_removed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not lock.exists()
 
 
+def test_a_command_goes_on_after_one_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(making, "_ABANDONED_HERE_SECONDS", 0.1)
+    (tmp_path / ".out.lock").write_text(f"{socket.gethostname()} {2**22 + 1}\n")
+    (tmp_path / ".out.77.writing").mkdir()
+    prepare([_source(tmp_path / "raw")], ByteTokenizer(), tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
+
+
 def test_a_lock_that_is_touched_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,8 @@ def wait_for_all() -> None:
     size = dist.get_world_size()
     if size == 1:
         return
-    store = dist.PrefixStore("skv_dist/rendezvous", dist.distributed_c10d._get_default_store().clone())
+    own_client = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # of the base class
+    store = dist.PrefixStore("skv_dist/rendezvous", own_client)
     meeting = str(next(_meetings))
     arrived = store.add(meeting, 1)
     while arrived < size:
