@@ -1,5 +1,6 @@
 """Every layout against one process that holds everything: losses, norms, parameters and every gradient."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -22,6 +23,13 @@ CANDIDATES = [
     layout for layout in every_layout() if layout.tensor < 4 and (layout.replicas > 1 or layout.zero_stage in (0, 3))
 ]
 LAYOUTS = covering(CANDIDATES, CHOSEN)
+
+
+def test_the_selection_shows_every_value_and_pair() -> None:
+    for one, other in itertools.combinations(range(len(Layout._fields)), 2):
+        pairs = {(layout[one], layout[other]) for layout in LAYOUTS}
+        assert pairs >= {(layout[one], layout[other]) for layout in CANDIDATES}
+    assert {layout[:6] for layout in LAYOUTS} >= {layout[:6] for layout in CANDIDATES}  # splits under ZeRO stages
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -1,4 +1,4 @@
-"""Whole runs: determinism, the order of samples, the guard, SIGTERM, the saved weights."""
+"""Whole runs: determinism, the order of samples, the guard, skipped updates."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.jobs import parity
 from tests.support.jobs.loop import host_reads, run_training, steps_before_data_fail, steps_until_sigterm_within
+from tests.support.layouts import SMALL
 from tests.support.runs import losses
 from tests.support.settings import GLOBAL_BATCH, config, run_settings
 from tests.support.workers import JobFailedError
@@ -17,8 +18,12 @@ from tests.support.workers import JobFailedError
 def test_runs_repeat_bitwise_and_do_not_depend_on_the_number_of_replicas(
     workers: Any, text: Path, tmp_path: Path
 ) -> None:
-    one = workers(1)(run_training, run_settings(text, tmp_path / "a"))[0]
-    again = workers(1)(run_training, run_settings(text, tmp_path / "b"))[0]
+    def run(name: str, processes: int, **sections: Any) -> list[dict[str, Any]]:
+        given = run_settings(text, tmp_path / name, model=SMALL, **sections)
+        return workers(processes)(run_training, given)[0]
+
+    one = run("a", 1)
+    again = run("b", 1)
     assert losses(one) == losses(again)
     assert [line["step"] for line in one] == list(range(1, 7))
     expected = {"loss", "grad_norm", "lr", "tokens", "tokens_per_second", "peak_memory_bytes", "skipped", "step"}
@@ -26,14 +31,14 @@ def test_runs_repeat_bitwise_and_do_not_depend_on_the_number_of_replicas(
     assert "eval/loss@0.50" in one[2]
     assert "eval/loss@1.00" in one[5]
 
-    two = workers(2)(run_training, run_settings(text, tmp_path / "c"))[0]
+    two = run("c", 2)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
     tensor = {"tensor": 2, "sequence_parallel": True}
-    split = workers(2)(run_training, run_settings(text, tmp_path / "d", parallel=tensor))[0]
+    split = run("d", 2, parallel=tensor)
     np.testing.assert_allclose(losses(split), losses(one), rtol=1e-5)
-    twice = workers(2)(run_training, run_settings(text, tmp_path / "e", parallel=tensor))[0]
+    twice = run("e", 2, parallel=tensor)
     assert losses(split) == losses(twice)
-    other = workers(1)(run_training, run_settings(text, tmp_path / "f", train={"seed": 8}))[0]
+    other = run("f", 1, train={"seed": 8})
     assert losses(other) != losses(one)
 
 
@@ -68,11 +73,11 @@ def test_the_guard_ends_a_run_with_one_line(workers: Any, text: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_step_left_out_leaves_nothing_behind(workers: Any, zero: int) -> None:
-    given = config(parallel={"zero_stage": zero}, routing={"policy": "none", "cross_prob": 0.0})
-    checks, norm = workers(2)(parity.skip_update, given)[0]
+def test_a_skipped_update_leaves_nothing_behind(workers: Any, zero: int) -> None:
+    dense: dict[str, Any] = {"model": SMALL, "routing": {"policy": "none", "cross_prob": 0.0}}
+    checks, norm = workers(2)(parity.skip_update, config(parallel={"zero_stage": zero}, **dense))[0]
     assert checks == [True, True, True, True]
-    single = config(parallel={"zero_stage": 0}, routing={"policy": "none", "cross_prob": 0.0})
+    single = config(parallel={"zero_stage": 0}, **dense)
     assert norm == pytest.approx(workers(1)(parity.skip_update, single)[0][1], rel=1e-5)
 
 

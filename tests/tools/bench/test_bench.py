@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from skv_tools.bench.shapes import SHAPES, read_shape
 
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
+from tests.support.processes import Command
 
 CHECKOUT = Path(__file__).parents[3]
 
@@ -47,9 +46,8 @@ def test_without_configs_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_training_benchmarks_run(tmp_path: Path, module: str, options: list[str]) -> None:
     out = tmp_path / "out.json"
     batch = ["--shape=tiny", "--sequence-length=16", "--micro-batch=2", "--steps=4", "--warmup=1"]
-    command = [sys.executable, "-m", f"skv_tools.bench.{module}", *batch, *options, f"--out={out}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    command = Command(f"skv_tools.bench.{module}", [*batch, *options, f"--out={out}"], {}, tmp_path / "printed.log")
+    assert command.wait() == 0, command.printed
     report = json.loads(out.read_text())
     assert report.get("r_cla", report)["tokens_per_second"] > 0
     assert report["device"] == "CPU"
