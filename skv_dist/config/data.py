@@ -58,9 +58,9 @@ class DataConfig(Section):
 
     tokenizer: str = Field(default="byte", min_length=1)
     """The tokenizer: byte, a folder that holds a saved one, or a name on the Hugging Face hub. byte needs no download:
-    259 tokens, the bytes of UTF-8 and three special ones. A folder that begins with ., / or ~, or that is there, is
-    noted with its whole path. Any other must have an end-of-sequence token. Exported models take the tokenizer with
-    them."""
+    259 tokens, the bytes of UTF-8 and three special ones. A folder that is there is noted with its whole path; a name
+    that begins with ., / or ~ must be one. Any other must have an end-of-sequence token. Exported models take the
+    tokenizer with them."""
 
     sources: list[SourceConfig] = Field(min_length=1)
     """The text to train on: one or more sources, mixed by their weights. Those whose format is not prepared are
@@ -119,8 +119,7 @@ class DataConfig(Section):
     def _whole_path(cls, name: str) -> str:
         """A folder as it is found from anywhere: what a checkpoint notes is read from other folders too."""
         path = Path(name).expanduser()
-        is_folder = name.startswith((".", "/", "~")) or (name != "byte" and path.is_dir())
-        return str(path.absolute()) if is_folder else name
+        return str(path.absolute()) if name != "byte" and path.is_dir() else name
 
     @model_validator(mode="after")
     def _streams_are_not_prepared(self) -> "DataConfig":
