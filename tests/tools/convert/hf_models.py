@@ -1,5 +1,6 @@
 """Small random models made by transformers itself."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+
+Call = Callable[..., int]  # runs skv-convert
 
 
 def make(kind: str, tied: bool = False, scaled: bool = False, layers: int = LAYERS) -> Any:

@@ -1,0 +1,80 @@
+"""`skv-convert`: bad input is one line, and leaves nothing behind."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tools.convert.hf_models import Call, make, save
+
+
+def test_what_cannot_be_exported_is_refused_in_one_line(
+    call: Call, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = {
+        ("--kv-source-layers", 0, 2, 2, 3, 4, 5, 6, 7): "kv_source_layers[1] is 2",
+        ("--kv-source-layers", 0, 0, 1, 3, 4, 5, 6, 7): "layer 1 keeps no cache of its own",
+        ("--kv-source-layers", 0, 0): "2 entries for a model of 8 layers",
+        ("--cached-layers", 1, 2): "must contain layer 0",
+        ("--retention", 0): "must lie in (0, 1]",
+        ("--full", "--architecture", "llama"): "can be qwen3",
+        ("--tokens", 1): "--tokens must be at least 2",
+    }
+    for asked, message in cases.items():
+        assert call("to-hf", checkpoint, tmp_path / "out", *asked) == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())  # nothing half written
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT"} & os.environ.keys()  # none is left for the next process
+    assert call("to-hf", tmp_path / "none", tmp_path / "out") == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma"}, "model_type is 'gemma'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type is 'yarn'"),
+        ({"sliding_window": 16, "use_sliding_window": True}, "sliding_window is 16"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"intermediate_size": 64}, "is [48, 32], but config.json makes it [64, 32]"),
+        ({"num_hidden_layers": 9}, "has no tensor model.layers.8"),
+        ({"num_hidden_layers": 7}, "model.layers.7"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused_by_field(
+    call: Call, tmp_path: Path, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save(make("qwen3"), tmp_path / "hf")
+    config = {**json.loads((source / "config.json").read_text()), **change}
+    config = {key: value for key, value in config.items() if value is not None or key not in change}
+    (source / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert call("from-hf", source, tmp_path / "ours", "--tokenizer", "byte") == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_damaged_folders_are_named(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(make("llama"), tmp_path / "hf", "20KB")
+    _, two, *_ = sorted(source.glob("*.safetensors"))
+    two.write_bytes(b"\xff" * 100)
+    assert call("from-hf", source, tmp_path / "ours", "--tokenizer", "byte") == 2
+    assert f"{two}: it cannot be read" in capsys.readouterr().err
+    two.unlink()
+    assert call("from-hf", source, tmp_path / "ours", "--tokenizer", "byte") == 2
+    assert f"{two}: it is missing" in capsys.readouterr().err
+    for path in source.glob("*.safetensors*"):
+        path.unlink()
+    assert call("from-hf", source, tmp_path / "ours", "--tokenizer", "byte") == 2
+    assert "only safetensors are read" in capsys.readouterr().err
+    source = save(make("llama"), tmp_path / "whole")
+    assert call("from-hf", source, tmp_path / "ours") == 2
+    assert "holds no tokenizer" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "whole"}
