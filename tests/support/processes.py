@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
@@ -116,6 +117,7 @@ def _run(
     files: list[str],
     first: Callable[[], None] | None,
 ) -> None:
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     os.environ.update(environment)
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
@@ -127,6 +129,14 @@ def _run(
         runpy.run_path(module, run_name="__main__")
     else:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _end_with_the_tests() -> None:
+    """However those end: a run of a hundred thousand steps must not outlive them."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run_forked(command: Sequence[str], env: Mapping[str, str], **_: Any) -> "subprocess.CompletedProcess[str]":
