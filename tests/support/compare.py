@@ -49,3 +49,12 @@ def one_process(workers: Any, settings: dict[str, Any], steps: int = parity.STEP
 def compare(workers: Any, processes: int, settings: dict[str, Any]) -> None:
     """A run spread over ``processes`` equals the same in one."""
     check(workers(processes)(parity.train, settings)[0], one_process(workers, settings))
+
+
+def mean_gap(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Mean over all gradients of the distance to the expected one, relative to its length.
+
+    Gradients of zero are left out: those of k-norms of layers whose K/V nobody read.
+    """
+    lengths = {name: np.linalg.norm(value) for name, value in expected.items()}
+    return float(np.mean([np.linalg.norm(found[name] - expected[name]) / n for name, n in lengths.items() if n > 0]))

@@ -122,7 +122,10 @@ def plan_of_the_step_before() -> Any:
 
 
 def sent_tensor_emptied() -> Any:
-    """The schedule's own tensor is sent, which it empties once the send has begun."""
+    """The schedule's own tensor is sent, which it empties once the send has begun.
+
+    Not in `FAULTS`, as a fast send may be done by then: `tests/parallel/wire/test_wire.py` notices it.
+    """
     from skv_dist.parallel.wire.communicator import WireCommunicator
 
     right = WireCommunicator._communicate
@@ -236,7 +239,6 @@ FAULTS = [
     (plan_of_the_step_before, Layout()),
     (backward_seen_flag_kept, Layout(replicas=2, zero_stage=2, pipeline=2)),
     (chunks_without_overlap, INTERLEAVED),
-    (sent_tensor_emptied, INTERLEAVED),
     (sources_swapped_on_the_wire, Layout(pipeline=2)),
     (received_kv_detached, Layout(pipeline=2, zero_stage=1, recompute="full")),
     (tied_gradient_left_out, Layout(replicas=2, zero_stage=1, pipeline=2, tie_embeddings=True)),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.jobs.wire import missing_source, wire
+from tests.support.jobs.wire import missing_source, sent_once_emptied, wire
 from tests.support.settings import BASE, SEQUENCE, config
 
 HIDDEN = BASE["model"]["hidden_size"]
@@ -107,3 +107,9 @@ def test_packing_and_unpacking_are_inverse_with_gradients() -> None:
 def test_a_source_that_did_not_come_is_an_error(workers: Any) -> None:
     (message,) = workers(1)(missing_source, config(parallel={"zero_stage": 0}))
     assert message == "layer 5 reads the K/V of layer 1, which is not on this stage (layers 5..7)"
+
+
+def test_what_is_sent_outlives_the_tensor_that_the_schedule_empties(workers: Any) -> None:
+    settings = config(parallel={"zero_stage": 0})
+    assert workers(1)(sent_once_emptied, settings, None)[0] == [1.0] * 6
+    assert workers(1)(sent_once_emptied, settings, "sent_tensor_emptied")[0] != [1.0] * 6

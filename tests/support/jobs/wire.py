@@ -52,3 +52,33 @@ def missing_source(settings: dict[str, Any]) -> str:
         except UserError as error:
             return str(error)
         return ""
+
+
+def sent_once_emptied(settings: dict[str, Any], fault: str | None) -> list[float]:
+    """What is left of a tensor to be sent once the schedule has emptied its own, as it does while sends are under way.
+
+    On the way the tensor is only handed to Megatron's transport, so that no speed of a transfer decides.
+    """
+    from unittest import mock
+
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+    from megatron.core.pipeline_parallel.schedules import deallocate_output_tensor
+
+    from skv_dist.model.megatron_config import transformer_config
+    from skv_dist.parallel.wire.communicator import WireCommunicator
+    from tests.support import faults
+
+    handed_on: list[torch.Tensor] = []
+    nothing = {"tensor_send_prev": None, "recv_prev": False, "recv_next": False}
+    with built(settings) as (run, _), faults.applied(fault):
+        group = parallel_state.get_pipeline_model_parallel_group()
+        communicator = WireCommunicator(group, transformer_config(run), [], [])
+        tensor = torch.ones(3, 2, 1)
+        with mock.patch.object(
+            P2PCommunicator, "_communicate", lambda self, **rest: handed_on.append(rest["tensor_send_next"])
+        ):
+            communicator._communicate(tensor_shape=(3, 2, 1), tensor_send_next=tensor, **nothing)
+        deallocate_output_tensor(tensor, True)
+    return [float(value) for value in handed_on[0].flatten()]
