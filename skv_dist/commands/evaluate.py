@@ -96,10 +96,6 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
     run = config_of(arguments.checkpoint, [*asked, *arguments.overrides])
     if arguments.new_tokens < 1 or arguments.temperature < 0:
         raise UserError("--new-tokens must be at least 1 and --temperature at least 0")
-    if arguments.prompt is not None and run.parallel.pipeline > 1:
-        raise UserError(
-            f"--prompt and parallel.pipeline {run.parallel.pipeline} do not work together: leave out one of them"
-        )
     derive(run, launcher.world_size())
     return run
 
@@ -124,20 +120,10 @@ def _print_sample(
     name: str,
     plan: RoutePlan,
 ) -> None:
-    from skv_dist.evaluation.generate import sample_text
+    from skv_dist.evaluation.generate import Sampling, sample_text
 
-    text = sample_text(
-        engine,
-        world,
-        tokenizer,
-        plan,
-        arguments.prompt,
-        arguments.new_tokens,
-        temperature=arguments.temperature,
-        max_length=run.data.sequence_length,
-        seed=run.train.seed,
-        multiple=run.parallel.sequence_split,
-    )
+    sampling = Sampling(arguments.new_tokens, arguments.temperature, run.train.seed)
+    text = sample_text(engine, run, tokenizer, plan, arguments.prompt, sampling)
     if world.is_first:
         print(f"--- sampled under {name.removeprefix('loss')}\n{arguments.prompt}{text}\n---", flush=True)
 

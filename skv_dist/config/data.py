@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from skv_dist.config.section import Section
 
+NEEDS_RESET = "set data.reset_attention: true"
 SourceFormat = Literal["text", "jsonl", "parquet", "hub", "prepared"]
 
 
@@ -42,9 +43,39 @@ class SourceConfig(Section):
     text_field: str = "text"
     """Field that holds the text of a document. Read for formats jsonl, parquet and hub; leave it alone for text."""
 
+    prompt_field: str | None = None
+    """The field that holds a prompt, which makes each row an example with an answer to learn. Or a text with the names
+    of fields in braces, such as '{context}\\nQuestion: {question}\\nAnswer:'. Needs response_field, takes the place of
+    text_field. Prompt and response are tokenized apart and laid end to end. Read for formats jsonl, parquet and hub."""
+
+    response_field: str | None = None
+    """The field that holds what the model is to answer. Or a text with the names of fields in braces, such as
+    ' {answer}'. Of a list of answers the first is taken. Needs prompt_field."""
+
+    messages_field: str | None = None
+    """The field that holds the messages of a chat, objects with role and content. The tokenizer's own chat template
+    renders them. Takes the place of text_field. Read for formats jsonl, parquet and hub."""
+
     exclude: list[str] = []
     """Globs of files to leave out, compared with the whole path, in which * stands for / too. Read for formats text,
     jsonl and parquet."""
+
+    @property
+    def holds_examples(self) -> bool:
+        """Whether each row is a prompt with its answer, or a chat. Not known of prepared sets."""
+        return self.prompt_field is not None or self.messages_field is not None
+
+    @model_validator(mode="after")
+    def _one_kind_of_document(self) -> "SourceConfig":
+        if (self.prompt_field is None) != (self.response_field is None):
+            raise ValueError("prompt_field and response_field are given together: give both, or neither")
+        if self.prompt_field is not None and self.messages_field is not None:
+            raise ValueError("a row is a prompt or a chat: give prompt_field and response_field, or messages_field")
+        if self.holds_examples and self.format in ("text", "prepared"):
+            key = "prompt_field" if self.messages_field is None else "messages_field"
+            cure = "give it to skv-data prepare" if self.format == "prepared" else "use jsonl or parquet"
+            raise ValueError(f"format '{self.format}' has no fields, so {key} means nothing: {cure}")
+        return self
 
 
 class DataConfig(Section):
@@ -114,12 +145,31 @@ class DataConfig(Section):
     """Whether attention stops at document boundaries. The first token of the next document is then not predicted
     either. Needs model.transformer_impl local, which auto chooses; on a GPU attention is compiled (flex attention)."""
 
+    train_on: Literal["response", "all"] = "response"
+    """Which predictions count in examples (sources with prompt_field or messages_field). Texts count as a whole.
+
+    - response: what the model is to answer, with the token that ends it.
+    - all: prompts too."""
+
+    too_long: Literal["cut", "drop", "refuse"] = "cut"
+    """What becomes of an example that is longer than sequence_length. They are counted and reported.
+
+    - cut: its prompt loses its beginning. Where the last answer alone is too long, the example is left out.
+    - drop: it is left out.
+    - refuse: the run does not start."""
+
     @field_validator("tokenizer")
     @classmethod
     def _whole_path(cls, name: str) -> str:
         """A folder as it is found from anywhere: what a checkpoint notes is read from other folders too."""
         path = Path(name).expanduser()
         return str(path.absolute()) if name != "byte" and path.is_dir() else name
+
+    @model_validator(mode="after")
+    def _examples_stand_alone(self) -> "DataConfig":
+        if not self.reset_attention and any(s.holds_examples for s in (*self.sources, *self.validation_sources)):
+            raise ValueError(f"examples (prompt_field, messages_field) attend to themselves alone: {NEEDS_RESET}")
+        return self
 
     @model_validator(mode="after")
     def _streams_are_not_prepared(self) -> "DataConfig":

@@ -52,14 +52,16 @@ def collate(index: int, samples: Sequence[Sample], reset_attention: bool) -> Mic
     """Samples to one micro-batch. With ``reset_attention`` the prediction across a boundary does not count."""
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
     documents = torch.from_numpy(np.stack([sample.documents for sample in samples]))
-    mask = torch.ones(tokens.shape[0], tokens.shape[1] - 1)
+    all_count = np.ones(tokens.shape[1], dtype=bool)
+    counts = np.stack([all_count if sample.counts is None else sample.counts for sample in samples])
+    mask = torch.from_numpy(counts[:, 1:])  # the prediction of a token stands one place before it
     if reset_attention:
-        mask = (documents[:, :-1] == documents[:, 1:]).float()
+        mask = mask & (documents[:, :-1] == documents[:, 1:])
     return MicroBatch(
         index=index,
         tokens=tokens[:, :-1].contiguous(),
         labels=tokens[:, 1:].contiguous(),
-        loss_mask=mask,
+        loss_mask=mask.float(),
         documents=documents[:, :-1].contiguous() if reset_attention else None,
     )
 

@@ -1,4 +1,4 @@
-"""Texts to tokens, by several processes that each get the tokenizer once."""
+"""Documents to tokens, by several processes that each get the tokenizer once."""
 
 import multiprocessing
 import os
@@ -13,8 +13,7 @@ from multiprocessing.process import BaseProcess
 
 import numpy as np
 
-from skv_dist.data.split import text_hash
-from skv_dist.data.token_set import TokenDocument
+from skv_dist.data.examples import Document, TokenDocument, encode_document, num_characters
 from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
 
@@ -25,20 +24,20 @@ _tokenizer: Tokenizer | None = None  # of a worker process
 Encoded = list[TokenDocument]
 
 
-def encoded(texts: Iterable[str], tokenizer: Tokenizer, workers: int) -> Generator[TokenDocument, None, None]:
-    """Each text as tokens, in order.
+def encoded(documents: Iterable[Document], tokenizer: Tokenizer, workers: int) -> Generator[TokenDocument, None, None]:
+    """Each document as tokens, in order.
 
     Raises:
-        UserError: a worker was killed.
+        UserError: a worker was killed, or a document cannot be encoded.
     """
     if workers == 1:
-        yield from (_encode(tokenizer, text) for text in texts)
+        yield from (encode_document(tokenizer, document) for document in documents)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of torch and tokenizers
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(tokenizer,))
     try:
         waiting: deque[Future[Encoded]] = deque()
-        batches = _batches(texts)
+        batches = _batches(documents)
         for batch in islice(batches, workers * _AHEAD):
             waiting.append(pool.submit(_encode_batch, batch))
         while waiting:
@@ -55,16 +54,12 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer, workers: int) -> Generat
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> TokenDocument:
-    return TokenDocument(tokenizer.encode(text), text_hash(text))
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text) + 256
+    for document in documents:
+        batch.append(document)
+        size += num_characters(document) + 256
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -88,7 +83,8 @@ def _end_with(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _encode_batch(texts: list[str]) -> Encoded:
+def _encode_batch(documents: list[Document]) -> Encoded:
     assert _tokenizer is not None
+    done = (encode_document(_tokenizer, document) for document in documents)
     small = np.int32  # half of what travels back
-    return [TokenDocument(_tokenizer.encode(text).astype(small), text_hash(text)) for text in texts]
+    return [document._replace(ids=document.ids.astype(small)) for document in done]

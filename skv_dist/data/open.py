@@ -6,7 +6,8 @@ from pathlib import Path
 from skv_dist.config.data import DataConfig, SourceConfig
 from skv_dist.data.batches import Samples
 from skv_dist.data.order import blended
-from skv_dist.data.packing import Sample, split_prepared
+from skv_dist.data.packing import Sample
+from skv_dist.data.sequences import split_prepared
 from skv_dist.data.split import SplitRule, source_orders
 from skv_dist.data.stream import StreamingSet
 from skv_dist.data.token_set import PreparedSet
@@ -61,7 +62,7 @@ def open_data(
     if any(source.format != "prepared" for source in sources):
         wait_for_all()
     sets = [PreparedSet(folder, tokenizer) for folder in folders]
-    return _map_sets(sets, config, seed, rule, validation_needed)
+    return _map_sets(sets, tokenizer, config, seed, rule, validation_needed)
 
 
 def _stream_sources(config: DataConfig, tokenizer: Tokenizer, seed: int) -> TrainAndValidation:
@@ -76,7 +77,12 @@ def _stream_sources(config: DataConfig, tokenizer: Tokenizer, seed: int) -> Trai
 
 
 def _map_sets(
-    sets: Sequence[PreparedSet], config: DataConfig, seed: int, rule: SplitRule, validation_needed: bool
+    sets: Sequence[PreparedSet],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    seed: int,
+    rule: SplitRule,
+    validation_needed: bool,
 ) -> TrainAndValidation:
     """Prepared sets, mapped into memory: those of ``sources``, then those of ``validation_sources``."""
     validation_seed = seed if rule == SplitRule.PATH else config.split_seed
@@ -87,7 +93,10 @@ def _map_sets(
         paths, contents = [source.path for source in sources], [prepared.content for prepared in sets]
         orders = source_orders(rule, paths, contents, seed, config.split_seed)
         return [
-            (source, *split_prepared(prepared, config, order, fraction, validation_needed=validation_needed))
+            (
+                source,
+                *split_prepared(prepared, tokenizer, config, order, fraction, validation_needed=validation_needed),
+            )
             for source, prepared, order in zip(sources, sets, orders)
         ]
 

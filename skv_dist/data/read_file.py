@@ -1,4 +1,4 @@
-"""The texts of one local file, row by row; nothing but the text field is looked at."""
+"""The rows of one local file; nothing but the fields that are asked for is looked at."""
 
 import bz2
 import codecs
@@ -7,13 +7,13 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 from skv_dist.errors import UserError
 
-MISSING = object()  # in place of a text: the row has no such field
-Row = tuple[int, Any]  # number within its file, from 1, and the value of the text field
+TEXT = "text"  # the field of a text file's one row
+Row = tuple[int, dict[str, Any]]  # number within its file, from 1, and those of the fields that it has
 
 _SNIFFED = 1 << 16  # bytes from which encodings are judged
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -22,15 +22,18 @@ _OTHER_ENCODINGS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_L
 _MAX_UNREADABLE = 0.1  # part of a text's characters that may be no UTF-8; Latin-1 prose has less, binary files more
 
 
-def rows(file: str, file_format: str, field: str) -> Iterator[Row]:
+def rows(file: str, file_format: str, fields: Sequence[str]) -> Iterator[Row]:
     """The rows of a file.
+
+    Args:
+        fields: that are read.
 
     Raises:
         UserError: it cannot be read as ``file_format``, naming the place in it.
     """
     read = {"text": _text, "jsonl": _json, "parquet": _parquet}[file_format]
     try:
-        yield from read(file, field)
+        yield from read(file, fields)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise _refusal(file, file_format, str(error) or type(error).__name__) from error
 
@@ -70,7 +73,7 @@ def _decompressed(plain: BinaryIO, method: str) -> Any:
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(plain, mode="r"), "zstd")
 
 
-def _text(file: str, field: str) -> Iterator[Row]:
+def _text(file: str, fields: Sequence[str]) -> Iterator[Row]:
     with _opened(file, "text") as stream:
         data = stream.read()
     text = data.decode("utf-8", errors="replace")
@@ -80,19 +83,19 @@ def _text(file: str, field: str) -> Iterator[Row]:
         raise _refusal(
             file, "text", f"{unreadable} of its first {len(begin)} characters are no UTF-8 text: convert or exclude it"
         )
-    yield 1, text.replace("\r\n", "\n").replace("\r", "\n")
+    yield 1, {TEXT: text.replace("\r\n", "\n").replace("\r", "\n")}
 
 
-def _json(file: str, field: str) -> Iterator[Row]:
+def _json(file: str, fields: Sequence[str]) -> Iterator[Row]:
     with _opened(file, "jsonl") as stream:
         begin = stream.peek(_SNIFFED)[:_SNIFFED].lstrip()  # type: ignore[attr-defined]
         if begin.startswith(b"["):
-            yield from _json_list(file, stream.read(), field)
+            yield from _json_list(file, stream.read(), fields)
             return
         for number, line in enumerate(stream, 1):
             if line.isspace():
                 continue
-            yield number, _field(_parsed(file, number, line), field, file, f"line {number}")
+            yield number, _chosen(_parsed(file, number, line), fields, file, f"line {number}")
 
 
 def _parsed(file: str, number: int, line: bytes) -> Any:
@@ -104,7 +107,7 @@ def _parsed(file: str, number: int, line: bytes) -> Any:
         raise _refusal(file, "jsonl", f"line {number} is not a JSON object ({error})") from error
 
 
-def _json_list(file: str, data: bytes, field: str) -> Iterator[Row]:
+def _json_list(file: str, data: bytes, fields: Sequence[str]) -> Iterator[Row]:
     """A file that holds one list of objects, as many named .json do."""
     try:
         values = json.loads(data.decode("utf-8"))
@@ -113,30 +116,30 @@ def _json_list(file: str, data: bytes, field: str) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         raise _refusal(file, "jsonl", f"it begins with [ but is no JSON list ({error})") from error
     for number, value in enumerate(values, 1):
-        yield number, _field(value, field, file, f"entry {number}")
+        yield number, _chosen(value, fields, file, f"entry {number}")
 
 
-def _field(value: Any, field: str, file: str, place: str) -> Any:
+def _chosen(value: Any, fields: Sequence[str], file: str, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _refusal(file, "jsonl", f"{place} is not a JSON object")
-    return value.get(field, MISSING)
+    return {field: value[field] for field in fields if field in value}
 
 
-def _parquet(file: str, field: str) -> Iterator[Row]:
+def _parquet(file: str, fields: Sequence[str]) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
         parquet = pyarrow.parquet.ParquetFile(file)
-        names = parquet.schema_arrow.names
-        if field not in names:
-            yield from ((row, MISSING) for row in range(1, parquet.metadata.num_rows + 1))
+        there = [field for field in fields if field in parquet.schema_arrow.names]
+        if not there:
+            yield from ((row, {}) for row in range(1, parquet.metadata.num_rows + 1))
             return
-        for batch in parquet.iter_batches(columns=[field], batch_size=1024):
-            for value in batch.column(0).to_pylist():
+        for batch in parquet.iter_batches(columns=there, batch_size=1024):
+            for row in batch.to_pylist():
                 number += 1
-                yield number, value
+                yield number, row
     except pyarrow.ArrowException as error:
         where = f"behind row {number}: " if number else ""
         raise _refusal(file, "parquet", f"{where}{error}") from error

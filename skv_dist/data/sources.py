@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from skv_dist.config.data import SourceConfig
+from skv_dist.data.examples import Document
 from skv_dist.data.local_files import local_files
-from skv_dist.data.read_file import MISSING, Row, rows
+from skv_dist.data.read_file import Row, rows
+from skv_dist.data.row_documents import DocumentOfRow, NoDocumentError, document_of_row
 from skv_dist.data.skipped import Skipped
 from skv_dist.errors import UserError
 
@@ -19,54 +21,57 @@ def documents(
     files: Sequence[str] | None = None,
     streaming: bool = False,
     order: tuple[int, int] | None = None,
-) -> Iterator[str]:
-    """Every text of a source that holds one.
+) -> Iterator[Document]:
+    """Every document of a source.
 
     Args:
-        skipped: counts the others.
+        skipped: counts the rows that hold none.
         files: of a local source, in the order in which they are read; all, sorted, where it is None.
         streaming: a hub dataset is not loaded down first.
         order: seed and epoch that shuffle the files of a hub dataset that is streamed.
 
     Raises:
-        UserError: a file, or the hub, cannot be read, or a text is none; naming file and row.
+        UserError: a file, or the hub, cannot be read, or a field holds what it must not; naming file and row.
     """
+    of_row = document_of_row(source)
     if source.format == "hub":
-        rows_of_hub = _hub_rows(source, cache_dir, streaming, order)
-        yield from _texts(rows_of_hub, source.text_field, source.path, skipped)
+        hub_rows = _hub_rows(source, of_row.fields, cache_dir, streaming, order)
+        yield from _of_rows(hub_rows, of_row, source.path, skipped)
         return
     for file in local_files(source) if files is None else files:
-        for text in _texts(rows(file, source.format, source.text_field), source.text_field, file, skipped):
-            if source.format == "text" and "\ufffd" in text:
+        for document in _of_rows(rows(file, source.format, of_row.fields), of_row, file, skipped):
+            if source.format == "text" and "\ufffd" in document:
                 skipped.note_replaced(file)
-            yield text
+            yield document
 
 
-def _texts(numbered: Iterable[Row], field: str, file: str, skipped: Skipped) -> Iterator[str]:
+def _of_rows(numbered: Iterable[Row], of_row: DocumentOfRow, file: str, skipped: Skipped) -> Iterator[Document]:
     num_rows = num_missing = 0
-    for number, value in numbered:
+    for number, row in numbered:
         num_rows += 1
         skipped.num_rows += 1
-        if isinstance(value, str) and value:
-            yield value
-        elif value is None or value == "":
-            skipped.skip("null" if value is None else "empty", f"{file} row {number}")
-        elif value is MISSING:
-            num_missing += 1
-            skipped.skip(f"without a field '{field}'", f"{file} row {number}")
+        try:
+            document = of_row(row, f"{file}' row {number}")
+        except NoDocumentError as none:
+            num_missing += none.is_missing
+            skipped.skip(none.reason, f"{file} row {number}")
+        except UserError as error:
+            raise UserError(f"data source '{file}': row {number}: {error}") from error
         else:
-            raise UserError(
-                f"data source '{file}': row {number}: field '{field}' is {type(value).__name__}, not text: "
-                "set text_field, or mend the file"
-            )
+            yield document
     if num_rows == 0:
         skipped.note_empty_file(file)
     elif num_missing == num_rows:
-        raise UserError(f"data source '{file}': no row has a field '{field}': set text_field, or leave the file out")
+        named = " or ".join(f"'{field}'" for field in of_row.fields)
+        raise UserError(f"data source '{file}': no row has a field {named}: set {of_row.keys}, or leave the file out")
 
 
 def _hub_rows(
-    source: SourceConfig, cache_dir: str | None, streaming: bool, order: tuple[int, int] | None
+    source: SourceConfig,
+    fields: Sequence[str],
+    cache_dir: str | None,
+    streaming: bool,
+    order: tuple[int, int] | None,
 ) -> Iterator[Row]:
     """The rows of a hub dataset, numbered from 1.
 
@@ -81,12 +86,13 @@ def _hub_rows(
         options["cache_dir"] = str(Path(cache_dir).expanduser())
     try:
         dataset = datasets.load_dataset(source.path, source.name, **options)
-        if source.text_field in (dataset.column_names or []):
-            dataset = dataset.select_columns([source.text_field])
+        there = [field for field in fields if field in (dataset.column_names or [])]
+        if there:
+            dataset = dataset.select_columns(there)
         if order is not None:
             dataset = dataset.shuffle(seed=sum(order), buffer_size=1)
         for number, row in enumerate(dataset, 1):
-            yield number, row.get(source.text_field, MISSING)
+            yield number, {field: row[field] for field in fields if field in row}
     except Exception as error:  # datasets raises a different class for each way this can fail
         cause: BaseException = error
         while cause.__cause__ is not None:

@@ -50,12 +50,6 @@ def rule_of(state: dict[str, Any], config: DataConfig, allow_changed: Sequence[s
     return SplitRule.PATH
 
 
-def text_hash(text: str) -> int:
-    """64 bits that stand for a document."""
-    data = text.encode("utf-8", errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
 def is_held_out(hashes: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """bool [n]: which of the documents (or windows) with these hashes (uint64 [n]) are held out."""
     chosen = np.zeros(len(hashes), dtype=bool)

@@ -6,16 +6,18 @@ order that does not depend on the number of replicas. For large runs, prepare th
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from skv_dist.config.data import DataConfig, SourceConfig
+from skv_dist.data.examples import encode_document, text_hash
 from skv_dist.data.local_files import local_files
 from skv_dist.data.order import blended, shuffled
 from skv_dist.data.packing import Sample
 from skv_dist.data.skipped import Skipped
 from skv_dist.data.sources import documents
-from skv_dist.data.split import is_held_out, text_hash
+from skv_dist.data.split import is_held_out
 from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
 
@@ -43,7 +45,7 @@ def _endless_documents(
         epoch += 1
 
 
-def _one_epoch(source: SourceConfig, config: DataConfig, seed: int, epoch: int, skipped: Skipped) -> Iterator[str]:
+def _one_epoch(source: SourceConfig, config: DataConfig, seed: int, epoch: int, skipped: Skipped) -> Iterator[Any]:
     """All texts once; files in a new order each epoch, unless documents keep their order."""
     order = (seed, epoch) if config.shuffle_buffer else None
     if source.format == "hub":
@@ -76,7 +78,7 @@ def _packed(texts: Iterator[str], tokenizer: Tokenizer, length: int) -> Iterator
     tokens = np.empty(0, dtype=np.int64)
     labels = np.empty(0, dtype=np.int64)
     for number, text in enumerate(texts):
-        ids = np.append(tokenizer.encode(text), tokenizer.end_of_document)
+        ids = encode_document(tokenizer, text).ids
         tokens = np.concatenate([tokens, ids])
         labels = np.concatenate([labels, np.full(len(ids), number, dtype=np.int64)])
         begin = 0

@@ -2,23 +2,26 @@
 
 A folder holds ``tokens.bin`` and ``tokens.idx`` (megatron.core.datasets.indexed_dataset; any set that Megatron's own
 tools wrote can be put there), ``meta.json``, and ``documents.hash``: 64 bits for the text of each document, which say
-whether it is held out. Sets of Megatron's tools and of earlier versions have no hashes.
+whether it is held out. Sets of Megatron's tools and of earlier versions have no hashes. A set of examples has
+``tokens.answer`` too: a byte for each token, 1 where a model is to answer it.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from skv_dist import __version__
+from skv_dist.data.examples import TokenDocument
 from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
 from skv_dist.files import new_folder
 
 _HASHES = "documents.hash"
+_ANSWERS = "tokens.answer"
 _SAMPLE = 1 << 16  # tokens
 
 
@@ -26,24 +29,12 @@ def _token_dtype(vocab_size: int) -> type[np.number]:
     return np.uint16 if vocab_size <= 65536 else np.int32
 
 
-class TokenDocument(NamedTuple):
-    """A document on its way to disk.
-
-    Attributes:
-        ids: int [n], without the end token.
-        text_hash: of its text (`skv_dist.data.split.text_hash`).
-    """
-
-    ids: np.ndarray
-    text_hash: int
-
-
 def write_prepared(out: Path, documents: Iterable[TokenDocument], tokenizer: Tokenizer, sources: list[Any]) -> None:
     """Write a prepared set; it appears under ``out`` only once it is complete.
 
     Args:
         out: folder to create; must not exist.
-        documents: in order; each gets an end token here. Those without tokens are left out.
+        documents: in order, all texts or all examples. Those without tokens are left out.
         sources: what is noted of the origin in ``meta.json``.
 
     Raises:
@@ -56,27 +47,37 @@ def write_prepared(out: Path, documents: Iterable[TokenDocument], tokenizer: Tok
         builder = IndexedDatasetBuilder(str(unfinished / "tokens.bin"), dtype=_token_dtype(tokenizer.vocab_size))
         num_tokens = num_documents = 0
         content = hashlib.sha256()
-        with (unfinished / _HASHES).open("wb") as hashes:
-            for ids, text_hash in documents:
+        are_examples = False
+        with (unfinished / _HASHES).open("wb") as hashes, (unfinished / _ANSWERS).open("wb") as answers:
+            for ids, text_hash, answer in documents:
                 if len(ids) == 0:
                     continue
-                builder.add_item(torch.from_numpy(np.append(ids, tokenizer.end_of_document)))
+                if num_documents and are_examples != (answer is not None):
+                    raise UserError("a prepared set holds texts or examples, not both: prepare them apart")
+                builder.add_item(torch.from_numpy(ids))
                 builder.end_document()
-                num_tokens += len(ids) + 1
+                num_tokens += len(ids)
                 num_documents += 1
                 entry = text_hash.to_bytes(8, "little")
                 hashes.write(entry)
                 content.update(entry)
+                if answer is not None:
+                    are_examples = True
+                    answers.write(answer.tobytes())
         if num_documents == 0:
             named = ", ".join(str(source.get("path")) for source in sources)
             raise UserError(f"data source '{named}' holds no text: every document is empty")
         builder.finalize(str(unfinished / "tokens.idx"))
+        if not are_examples:
+            (unfinished / _ANSWERS).unlink()
         meta = {
             "format": 1,
             "tokenizer": tokenizer.name,
             "tokenizer_fingerprint": tokenizer.fingerprint(),
             "vocab_size": tokenizer.vocab_size,
+            "begin_of_document": tokenizer.begin_of_document,
             "end_of_document": tokenizer.end_of_document,
+            "examples": are_examples,
             "documents": num_documents,
             "tokens": num_tokens,
             "content": content.hexdigest(),
@@ -93,6 +94,7 @@ class PreparedSet:
         tokens: every token of every document, one after another (np.memmap).
         offsets: int64 [documents + 1], where each document starts in ``tokens``.
         hashes: uint64 [documents], of their texts; None for sets that were made without.
+        answers: bool [tokens], those that a model is to answer; None where the documents are no examples.
         content: hexadecimal digits that tell this set's data from another's, wherever it lies.
 
     Raises:
@@ -129,17 +131,22 @@ class PreparedSet:
         self.tokens = np.memmap(folder / "tokens.bin", dtype=index.dtype, mode="r")
         self.hashes = None if content is None else self._read_hashes()
         self.content: str = content or self._content_of_tokens()
+        self.answers = self._read_answers() if self.meta.get("examples") else None
 
     def _read_hashes(self) -> np.ndarray:
-        file = self.folder / _HASHES
-        if not file.is_file():  # without them other documents would be held out
-            raise UserError(
-                f"prepared data {self.folder}: {_HASHES} is missing: copy it too, or prepare the data again"
-            )
-        num_bytes, expected = file.stat().st_size, 8 * self.num_documents
+        return self._mapped(_HASHES, "<u8", self.num_documents)  # without them other documents would be held out
+
+    def _read_answers(self) -> np.ndarray:
+        return self._mapped(_ANSWERS, "bool", len(self.tokens))
+
+    def _mapped(self, name: str, dtype: str, size: int) -> np.ndarray:
+        file = self.folder / name
+        if not file.is_file():
+            raise UserError(f"prepared data {self.folder}: {name} is missing: copy it too, or prepare the data again")
+        num_bytes, expected = file.stat().st_size, np.dtype(dtype).itemsize * size
         if num_bytes != expected:
-            raise UserError(f"prepared data {self.folder}: {_HASHES} has {num_bytes} bytes instead of {expected}")
-        return np.memmap(file, dtype="<u8", mode="r")
+            raise UserError(f"prepared data {self.folder}: {name} has {num_bytes} bytes instead of {expected}")
+        return np.memmap(file, dtype=dtype, mode="r")
 
     def _content_of_tokens(self) -> str:
         """From the lengths of all documents and a sample of the tokens: reading all would take minutes."""

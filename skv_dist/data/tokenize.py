@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from skv_dist.config.data import SourceConfig
 from skv_dist.data.encoders import encoded
+from skv_dist.data.examples import TokenDocument
 from skv_dist.data.local_files import local_files
 from skv_dist.data.making import made_once, making, pass_abandoned
 from skv_dist.data.skipped import Skipped
 from skv_dist.data.sources import documents
-from skv_dist.data.token_set import TokenDocument, write_prepared
+from skv_dist.data.token_set import write_prepared
 from skv_dist.data.tokenizer import Tokenizer
 
 
@@ -101,9 +102,11 @@ def _cached_folders(source: SourceConfig, tokenizer: Tokenizer, cache_dir: str) 
     """
     files = [] if source.format == "hub" else local_files(source)
     state = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    unused = {key for key in ("prompt_field", "response_field", "messages_field") if getattr(source, key) is None}
     folders = []
     for fingerprint in tokenizer.fingerprints():
-        identity = [source.model_dump(exclude={"weight"}), state, fingerprint]
+        # Keys that did not exist yet are left out where they are not used: sets made before stay known.
+        identity = [source.model_dump(exclude={"weight", *unused}), state, fingerprint]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
         folders.append(Path(cache_dir).expanduser() / "prepared" / digest)
     return folders

@@ -6,18 +6,30 @@ from typing import Protocol
 
 import numpy as np
 
+from skv_dist.data.chat_template import Messages, encode_chat
 from skv_dist.errors import UserError
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline needs of a tokenizer."""
+    """What the data pipeline needs of a tokenizer.
+
+    Attributes:
+        vocab_size: its largest id + 1.
+        begin_of_document: the token that it puts before each text by itself; None: it puts none there.
+        end_of_document: its end-of-sequence token.
+        name: as in ``data.tokenizer``.
+    """
 
     vocab_size: int
+    begin_of_document: int | None
     end_of_document: int
     name: str
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids, int64 [n], without special tokens."""
+
+    def encode_chat(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
+        """See `skv_dist.data.chat_template.encode_chat`."""
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -36,6 +48,7 @@ class ByteTokenizer:
 
     name = "byte"
     vocab_size = 259
+    begin_of_document: int | None = None
     end_of_document = 1
     _offset = 3
 
@@ -43,6 +56,9 @@ class ByteTokenizer:
         # surrogatepass: a lone surrogate in scraped text must not end a run
         data = text.encode("utf-8", errors="surrogatepass")
         return np.frombuffer(data, dtype=np.uint8).astype(np.int64) + self._offset
+
+    def encode_chat(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
+        raise UserError("data.tokenizer 'byte' has no chat template: name a tokenizer that has one")
 
     def decode(self, ids: list[int]) -> str:
         data = bytes(i - self._offset for i in ids if self._offset <= i < self.vocab_size)
@@ -72,12 +88,16 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(len(self.stock), 1 + max(self.stock.get_vocab().values(), default=-1))  # ids have holes
         self.end_of_document = int(self.stock.eos_token_id)
         self._earlier_fingerprints = self._without_settings()
+        self.begin_of_document = self._added_at_begin()
 
     def encode(self, text: str) -> np.ndarray:
         if not text.isascii():
             text = _without_lone_surrogates(text)
         ids = self.stock(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(ids, dtype=np.int64)
+
+    def encode_chat(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
+        return encode_chat(self.stock, messages)
 
     def decode(self, ids: list[int]) -> str:
         return str(self.stock.decode(ids, skip_special_tokens=True))
@@ -87,6 +107,12 @@ class HuggingFaceTokenizer:
 
     def fingerprints(self) -> list[str]:
         return [self.fingerprint(), *self._earlier_fingerprints]
+
+    def _added_at_begin(self) -> int | None:
+        """The token that the tokenizer itself puts before a text, as those of Llama and Mistral do."""
+        begin = self.stock.bos_token_id
+        added = self.stock("a", verbose=False)["input_ids"]
+        return int(begin) if begin is not None and added and added[0] == begin else None
 
     def _content(self) -> str:
         backend = getattr(self.stock, "backend_tokenizer", None)

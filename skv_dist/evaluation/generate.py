@@ -1,53 +1,58 @@
 """Sampled text under a sharing map."""
 
-import torch
-import torch.distributed as dist
+from dataclasses import dataclass
 
+import torch
+
+from skv_dist.config.run import RunConfig
 from skv_dist.data.tokenizer import Tokenizer
+from skv_dist.parallel.decode import Decoder, likeliest
 from skv_dist.parallel.engines.base import Engine
-from skv_dist.parallel.processes.groups import World
 from skv_dist.routing import RoutePlan
 
 
-@torch.no_grad()
-def sample_text(
-    engine: Engine,
-    world: World,
-    tokenizer: Tokenizer,
-    plan: RoutePlan,
-    prompt: str,
-    new_tokens: int,
-    *,
-    temperature: float,
-    max_length: int,
-    seed: int,
-    multiple: int = 1,
-) -> str:
-    """Continue ``prompt`` by up to ``new_tokens`` tokens. Collective.
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
 
-    For a look at a model: the whole context is computed anew for each token, no cache is kept (engines do that).
-
-    Args:
+    Attributes:
+        new_tokens: largest number of them.
         temperature: 0 takes the likeliest token.
-        max_length: number of last tokens that the model sees.
-        multiple: lengths are padded to this (``parallel.tensor`` with sequence parallelism).
+        seed: of the draws.
     """
-    ids = [int(i) for i in tokenizer.encode(prompt)] or [tokenizer.end_of_document]
-    begin = len(ids)
-    generator = torch.Generator().manual_seed(seed)
-    engine.model.eval()
-    for _ in range(new_tokens):
-        seen = ids[-max_length:]
-        padded = seen + [tokenizer.end_of_document] * (-len(seen) % multiple)
-        logits = engine.forward(0, plan, torch.tensor([padded], device=world.device))[0, len(seen) - 1]
-        logits = logits.float().cpu()[: tokenizer.vocab_size]
-        if temperature == 0:
-            chosen = logits.argmax(keepdim=True)
-        else:
-            chosen = torch.multinomial(torch.softmax(logits / temperature, 0), 1, generator=generator)
-        chosen = chosen.to(world.device)
-        dist.broadcast(chosen, 0)
-        if int(chosen) == tokenizer.end_of_document:
+
+    new_tokens: int
+    temperature: float
+    seed: int
+
+
+def sample_text(
+    engine: Engine, run: RunConfig, tokenizer: Tokenizer, plan: RoutePlan, prompt: str, sampling: Sampling
+) -> str:
+    """Continue ``prompt``. Collective.
+
+    The model never sees more than ``data.sequence_length`` tokens: when they are reached, it goes on with the second
+    half of them.
+    """
+    window = run.data.sequence_length
+    ids = [int(i) for i in tokenizer.encode(prompt)]
+    if tokenizer.begin_of_document is not None or not ids:
+        ids.insert(0, tokenizer.end_of_document if tokenizer.begin_of_document is None else tokenizer.begin_of_document)
+    generator = torch.Generator().manual_seed(sampling.seed)
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        if sampling.temperature == 0:
+            return likeliest(logits)
+        likely = torch.softmax(logits.cpu() / sampling.temperature, -1)
+        return torch.multinomial(likely, 1, generator=generator)[:, 0]
+
+    decoder, ends = Decoder(engine, run, plan), frozenset([tokenizer.end_of_document])
+    said: list[int] = []
+    while len(said) < sampling.new_tokens:
+        seen = (ids + said)[-window + 1 :] if not said else (ids + said)[-(window // 2) :]
+        asked = min(sampling.new_tokens - len(said), window - len(seen))
+        (answer,) = decoder.continue_prompts([seen], asked, ends, choose, tokenizer.end_of_document)
+        said += answer
+        if len(answer) < asked:
             break
-        ids.append(int(chosen))
-    return tokenizer.decode(ids[begin:])
+    return tokenizer.decode(said)

@@ -6,6 +6,7 @@ them is ours, so that K/V are arguments and results instead of hidden state.
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,7 @@ class RoutedSelfAttention(SelfAttention):
         mask: Any,
         borrowed: KV | None,
         lends: bool,
+        extend: Callable[[KV], KV] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, KV | None]:
         """Attend to own or borrowed K/V.
 
@@ -116,10 +118,11 @@ class RoutedSelfAttention(SelfAttention):
             mask: see `SdpaCoreAttention`.
             borrowed: K/V of the source layer; None to use this layer's own.
             lends: whether a later layer reads this layer's own K/V.
+            extend: (decoding) adds this layer's own K/V to those of earlier positions and returns all of them.
 
         Returns:
             Output of the projection (shape of ``hidden``), its bias if any, and this layer's own K/V if it lends
-            them.
+            them, with those of earlier positions where there is a cache.
         """
         if borrowed is not None and not lends and self._can_project_queries_alone():
             query, unread = self._queries_alone(hidden)
@@ -129,6 +132,8 @@ class RoutedSelfAttention(SelfAttention):
             if self.value_norm_eps is not None:
                 value = F.rms_norm(value, value.shape[-1:], eps=self.value_norm_eps)
             own = KV(rotate(key, rotary), value)
+            if extend is not None:
+                own = extend(own)
             unread = () if borrowed is None or lends else (own.key, own.value)
         query = rotate(query, rotary)
         used = borrowed or own

@@ -1,6 +1,8 @@
 """A run of consecutive layers as a function (hidden state, live K/V) -> (hidden state, live K/V)."""
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from skv_dist.model.attention import KV
 from skv_dist.model.cross_entropy import vocab_parallel_cross_entropy
 from skv_dist.model.documents import document_mask
 from skv_dist.model.gradients import contiguous_gradient
+from skv_dist.model.kv_cache import KvCache
 from skv_dist.model.megatron_config import layer_spec, norm_class, transformer_config, transformer_impl
 from skv_dist.model.rotary import inverse_frequencies, rotary_table
 from skv_dist.routing import RoutePlan
@@ -141,6 +144,7 @@ class RoutedChunk(MegatronModule):
         documents: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
         live: LiveKV | None = None,
+        cache: KvCache | None = None,
     ) -> tuple[torch.Tensor, LiveKV]:
         """Run the chunk under a route plan.
 
@@ -151,23 +155,35 @@ class RoutedChunk(MegatronModule):
             documents: int64 [b, s] where attention stops at document boundaries.
             hidden: [s/t, b, h] from the chunk before; None for the first, which embeds ``tokens``.
             live: K/V of earlier layers that this chunk or a later one reads.
+            cache: (decoding) K/V of the positions before ``tokens``; takes theirs in.
 
         Returns:
             The hidden state [s/t, b, h] and the K/V that later chunks read. The last chunk returns no K/V and, in place
             of the hidden state, the loss of each token in nats, float32 [b, s]; without labels the logits,
-            [b, s, vocab_size].
+            [b, s, vocab_size], and with a cache those of the last position, [b, 1, vocab_size].
 
         Raises:
             UserError: the plan is for another number of layers, or a layer borrows K/V that are not in ``live``.
         """
         if plan.num_layers != self.num_layers:
             raise UserError(f"a route plan over {plan.num_layers} layers met a model of {self.num_layers}")
+        positions = tokens.shape[1]
+        begin = 0 if cache is None else cache.length
         mask = None if documents is None else document_mask(documents)
         live = dict(live or {})
+        if cache is not None:
+            mask = cache.mask(positions)
+            live = {source: cache.extend(source, kv) for source, kv in live.items()}
         with self._dropout_rng():
             if hidden is None:
                 hidden = self._embed(tokens)
-            hidden = self._run_layers(hidden, live, plan, self._rotary(tokens), mask)
+            rotary = self._rotary(begin + positions, tokens.device)[:, begin:]
+            hidden = self._run_layers(hidden, live, plan, rotary, mask, cache)
+        if cache is not None:
+            cache.advance(positions)
+            if self.has_head:
+                hidden = hidden[-1:]  # nobody asks for the logits of a prompt, which would fill the memory
+            live = {source: KV(kv.key[begin:], kv.value[begin:]) for source, kv in live.items()}
         return (self._head(hidden, labels) if self.has_head else hidden), live
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -186,17 +202,22 @@ class RoutedChunk(MegatronModule):
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return contextlib.nullcontext()
 
-    def _rotary(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Cosines and sines for ``tokens`` [b, s]: see `rotary_table`."""
-        length = tokens.shape[1]
+    def _rotary(self, length: int, device: torch.device) -> torch.Tensor:
+        """Cosines and sines for the first ``length`` positions: see `rotary_table`."""
         table = self._rotary_table
-        if table is None or table.shape[1] < length or table.device != tokens.device:
-            inverse = inverse_frequencies(self._model).to(tokens.device)
+        if table is None or table.shape[1] < length or table.device != device:
+            inverse = inverse_frequencies(self._model).to(device)
             table = self._rotary_table = rotary_table(inverse, length, self.config.params_dtype)
         return table[:, :length]
 
     def _run_layers(
-        self, hidden: torch.Tensor, live: LiveKV, plan: RoutePlan, rotary: torch.Tensor, mask: Any
+        self,
+        hidden: torch.Tensor,
+        live: LiveKV,
+        plan: RoutePlan,
+        rotary: torch.Tensor,
+        mask: Any,
+        cache: KvCache | None,
     ) -> torch.Tensor:
         """Run all layers; ``live`` comes with the K/V of earlier chunks and leaves with those that later ones read."""
         for number in self.numbers:
@@ -210,7 +231,8 @@ class RoutedChunk(MegatronModule):
                     )
                 borrowed = live[source]
             lends = plan.last_reader[number] > number
-            hidden, own = self._run_layer(number, hidden, rotary, mask, borrowed, lends)
+            extend = None if cache is None or source != number else partial(cache.extend, number)
+            hidden, own = self._run_layer(number, hidden, rotary, mask, borrowed, lends, extend)
             if own is not None:
                 live[number] = KV(contiguous_gradient(own.key), contiguous_gradient(own.value))
             if source != number and plan.last_reader[source] == number:
@@ -218,11 +240,20 @@ class RoutedChunk(MegatronModule):
         return hidden
 
     def _run_layer(
-        self, number: int, hidden: torch.Tensor, rotary: torch.Tensor, mask: Any, borrowed: KV | None, lends: bool
+        self,
+        number: int,
+        hidden: torch.Tensor,
+        rotary: torch.Tensor,
+        mask: Any,
+        borrowed: KV | None,
+        lends: bool,
+        extend: Callable[[KV], KV] | None,
     ) -> tuple[torch.Tensor, KV | None]:
         layer = self.layers[str(number)]
         if not (self.recompute_layers and self.training):
-            return layer(hidden, rotary, mask, borrowed, lends)
+            if extend is None:
+                return layer(hidden, rotary, mask, borrowed, lends)
+            return layer(hidden, rotary, mask, borrowed, lends, extend)
 
         # Borrowed K/V enter and own K/V leave the region as tensors of its own: what a re-entrant checkpoint holds by
         # closure gets no gradient, silently.

@@ -1,5 +1,6 @@
 """A transformer layer as a function (hidden, K/V it borrows) -> (hidden, K/V it lends)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,9 +50,14 @@ class RoutedLayer(TransformerLayer):
         mask: Any,
         borrowed: KV | None,
         lends: bool,
+        extend: Callable[[KV], KV] | None = None,
     ) -> tuple[torch.Tensor, KV | None]:
-        """hidden [s, b, h] (or [s/t, b, h]) -> the same shape, and this layer's own K/V if it lends them."""
-        attended, bias, own = self.self_attention(self.input_layernorm(hidden), rotary, mask, borrowed, lends)
+        """hidden [s, b, h] (or [s/t, b, h]) -> the same shape, and this layer's own K/V if it lends them.
+
+        Arguments: see `RoutedSelfAttention.forward`.
+        """
+        normed = self.input_layernorm(hidden)
+        attended, bias, own = self.self_attention(normed, rotary, mask, borrowed, lends, extend)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         hidden = add((self.post_attention_norm(attended), bias), hidden, self.hidden_dropout)
 

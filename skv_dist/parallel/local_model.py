@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from skv_dist.config.run import RunConfig
 from skv_dist.model.chunk import RoutedChunk
 from skv_dist.model.initialize import initial_value
+from skv_dist.model.kv_cache import KvCache
 from skv_dist.parallel.tensor_split import Replicated, split_of
 from skv_dist.parallel.wire.packing import Packing
 from skv_dist.routing import RoutePlan
@@ -50,11 +51,12 @@ class LocalModel(torch.nn.Module):
         documents: torch.Tensor | None = None,
         received: torch.Tensor | None = None,
         width: int | None = None,
+        cache: KvCache | None = None,
     ) -> torch.Tensor:
         """Run chunk ``index`` between two ends of the wire.
 
         Args:
-            plan, tokens, labels, documents: see `RoutedChunk.forward`.
+            plan, tokens, labels, documents, cache: see `RoutedChunk.forward`.
             received: what the chunk before returned, [s/t, b, width]; None for the first.
             width: columns to pad the result to, where a chunk follows; None: as many as it needs.
 
@@ -66,7 +68,7 @@ class LocalModel(torch.nn.Module):
         hidden, live = None, None
         if received is not None:
             hidden, live = self._packing.unpack(received, plan.live_after(chunk.numbers.start - 1))
-        out, live = chunk(plan, tokens, labels, documents, hidden, live)
+        out, live = chunk(plan, tokens, labels, documents, hidden, live, cache)
         if not chunk.has_head:
             out = self._packing.pack(out, live, plan.live_after(chunk.numbers.stop - 1), width)
         return out

@@ -11,8 +11,9 @@ import pytest
 
 from skv_dist.config.data import DataConfig, SourceConfig
 from skv_dist.data.continuing import check_goes_on, data_state
+from skv_dist.data.examples import text_hash
 from skv_dist.data.open import open_data
-from skv_dist.data.split import SplitRule, is_held_out, rule_of, text_hash
+from skv_dist.data.split import SplitRule, is_held_out, rule_of
 from skv_dist.data.token_set import PreparedSet
 from skv_dist.data.tokenize import prepare
 from skv_dist.data.tokenizer import ByteTokenizer

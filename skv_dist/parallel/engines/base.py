@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from skv_dist.model.kv_cache import KvCache
 from skv_dist.parallel.engines.optimizer import GuardedAdamW, Update
 from skv_dist.parallel.engines.tied import TiedHead
 from skv_dist.parallel.local_model import LocalModel
@@ -61,9 +62,10 @@ class Engine(ABC):
         documents: torch.Tensor | None = None,
         received: torch.Tensor | None = None,
         width: int | None = None,
+        cache: KvCache | None = None,
     ) -> torch.Tensor:
         """`LocalModel.run_chunk`, with or without gradient."""
-        return self._call(self.model.run_chunk, index, plan, tokens, labels, documents, received, width)
+        return self._call(self.model.run_chunk, index, plan, tokens, labels, documents, received, width, cache)
 
     def _call(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         """A method of the model, called through whatever must see every forward."""

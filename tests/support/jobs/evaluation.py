@@ -36,11 +36,11 @@ def swept_losses(
 
 
 def sampled_tokens(
-    settings: dict[str, Any], weights: dict[str, np.ndarray], table: list[int], prompt: str, **given: Any
+    settings: dict[str, Any], weights: dict[str, np.ndarray], table: list[int], prompt: str, **sampling: Any
 ) -> list[int]:
     """The tokens of `sample_text`."""
     from skv_dist.data.tokenizer import ByteTokenizer
-    from skv_dist.evaluation.generate import sample_text
+    from skv_dist.evaluation.generate import Sampling, sample_text
     from skv_dist.routing import RoutePlan
 
     class Numbers(ByteTokenizer):
@@ -50,6 +50,25 @@ def sampled_tokens(
     with built(settings) as (run, world):
         engine = engines.frozen_engine(run, world)
         engines.assign_full(engine, run, world, weights)
-        multiple = run.parallel.sequence_split
-        text = sample_text(engine, world, Numbers(), RoutePlan(table), prompt, multiple=multiple, **given)
+        text = sample_text(engine, run, Numbers(), RoutePlan(table), prompt, Sampling(**sampling))
         return [int(number) for number in text.split()]
+
+
+def decoded(
+    settings: dict[str, Any],
+    weights: dict[str, np.ndarray],
+    table: list[int],
+    prompts: list[list[int]],
+    new_tokens: int,
+    ends: list[int],
+) -> tuple[list[list[int]], int]:
+    """The likeliest answers, and the bytes of cache that a token takes on this rank."""
+    from skv_dist.parallel.decode import Decoder, likeliest
+    from skv_dist.routing import RoutePlan
+
+    with built(settings) as (run, world):
+        engine = engines.frozen_engine(run, world)
+        engines.assign_full(engine, run, world, weights)
+        decoder = Decoder(engine, run, RoutePlan(table))
+        answers = decoder.continue_prompts(prompts, new_tokens, frozenset(ends), likeliest, pad=0)
+        return answers, decoder.cache_bytes_per_token
