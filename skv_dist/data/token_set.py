@@ -47,6 +47,8 @@ def write_prepared(out: Path, documents: Iterable[TokenDocument], tokenizer: Tok
         builder = IndexedDatasetBuilder(str(unfinished / "tokens.bin"), dtype=_token_dtype(tokenizer.vocab_size))
         num_tokens = num_documents = 0
         content = hashlib.sha256()
+        if tokenizer.begin_of_document is not None:  # other tokens of the same text than in earlier versions
+            content.update(f"begins with {tokenizer.begin_of_document}".encode())
         are_examples = False
         with (unfinished / _HASHES).open("wb") as hashes, (unfinished / _ANSWERS).open("wb") as answers:
             for ids, text_hash, answer in documents:

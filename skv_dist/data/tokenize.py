@@ -107,6 +107,8 @@ def _cached_folders(source: SourceConfig, tokenizer: Tokenizer, cache_dir: str) 
     for fingerprint in tokenizer.fingerprints():
         # Keys that did not exist yet are left out where they are not used: sets made before stay known.
         identity = [source.model_dump(exclude={"weight", *unused}), state, fingerprint]
+        if tokenizer.begin_of_document is not None:
+            identity.append(tokenizer.begin_of_document)  # earlier versions put nothing before a text
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]
         folders.append(Path(cache_dir).expanduser() / "prepared" / digest)
     return folders

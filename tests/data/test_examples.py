@@ -86,6 +86,16 @@ def test_a_text_begins_as_its_tokenizer_wants_it() -> None:
     assert answer.tolist() == [False, False, True, True]
 
 
+def test_a_set_whose_texts_begin_otherwise_is_other_data(tmp_path: Path) -> None:
+    made = []
+    for name, tokenizer in (("plain", BYTES), ("with", WithBegin())):
+        prepare([source(written(tmp_path, rows()))], tokenizer, tmp_path / name, progress=False)
+        made.append(PreparedSet(tmp_path / name, tokenizer))
+    assert made[0].content != made[1].content
+    assert made[0].hashes is not None
+    assert np.array_equal(made[0].hashes, made[1].hashes)  # the same ones are held out
+
+
 def test_each_example_comes_whole_and_once_an_epoch(tmp_path: Path) -> None:
     config = data_config(tmp_path, source(written(tmp_path, rows())))
     samples = sequences_of(config)
