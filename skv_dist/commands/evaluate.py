@@ -1,14 +1,14 @@
 """``skv-eval``: the loss of a checkpoint at several cache sizes, and text sampled from it."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skv_dist.commands import maps
 from skv_dist.commands.entry_point import entry_point
-from skv_dist.config.run import RunConfig, derive
+from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
-from skv_dist.routing import RoutePlan, map_from_cached_layers
+from skv_dist.routing import RoutePlan
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
     from skv_dist.data.tokenizer import Tokenizer
@@ -17,36 +17,27 @@ if TYPE_CHECKING:  # torch is imported once the configuration is known to be goo
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="skv-eval", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="skv-eval",
+        description=__doc__,
+        epilog="skv-eval questions CHECKPOINT FILE scores answers to questions (skv-eval questions --help)",
+    )
     parser.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="section.key=value",
-        help="change the checkpoint's configuration; it is laid out over one process unless parallel.* says otherwise",
-    )
-    parser.add_argument("--retention", type=float, nargs="+", metavar="R", help="default: eval.retention")
-    parser.add_argument(
-        "--cached-layers",
-        type=int,
-        nargs="+",
-        action="append",
-        default=[],
-        metavar="L",
-        help="also measure the map in which only these layers keep a cache (may be given several times)",
-    )
+    maps.add_arguments(parser)
     parser.add_argument("--samples", type=int, help="validation sequences to use (default: eval.samples)")
-    parser.add_argument("--json", type=Path, help="also write the losses to this file")
     parser.add_argument("--prompt", help="sample text that goes on from here, under each map")
     parser.add_argument("--new-tokens", type=int, default=200, help="length of sampled text (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 
 @entry_point
 def main(argv: list[str]) -> int:
-    arguments = _parser().parse_args(argv)
+    if argv and argv[0] == "questions":
+        from skv_dist.commands.evaluate_questions import evaluate_questions
+
+        return evaluate_questions(argv[1:])
+    arguments = maps.parse(_parser(), argv)
     run = _configuration(arguments)
 
     from skv_dist.checkpoint.folder import CONFIG, read_state
@@ -58,7 +49,7 @@ def main(argv: list[str]) -> int:
     from skv_dist.parallel.processes import groups
     from skv_dist.parallel.processes.rendezvous import wait_for_all
 
-    plans = _plans(arguments, run)
+    plans = maps.plans(arguments, run)
     tokenizer = load_tokenizer(run.data.tokenizer)
     world = groups.start(run.parallel)
     engine = frozen_model(run, arguments.checkpoint, world)
@@ -77,38 +68,21 @@ def main(argv: list[str]) -> int:
         if arguments.prompt is not None:
             _print_sample(arguments, run, world, engine, tokenizer, name, plan)
     if world.is_first and arguments.json is not None:
-        try:
-            arguments.json.write_text(json.dumps(losses, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {arguments.json}: {error.strerror}") from error
+        maps.write_json(arguments.json, losses)
     groups.stop()
     return 0
 
 
 def _configuration(arguments: argparse.Namespace) -> RunConfig:
-    """The checkpoint's configuration with what the command line asks for, checked against the number of processes."""
-    from skv_dist.checkpoint.frozen_model import config_of
-    from skv_dist.parallel.processes import launcher
-
-    asked = [] if arguments.retention is None else [f"eval.retention={json.dumps(arguments.retention)}"]
-    if arguments.samples is not None:
-        asked.append(f"eval.samples={arguments.samples}")
-    run = config_of(arguments.checkpoint, [*asked, *arguments.overrides])
     if arguments.new_tokens < 1 or arguments.temperature < 0:
         raise UserError("--new-tokens must be at least 1 and --temperature at least 0")
-    derive(run, launcher.world_size())
+    asked = [] if arguments.samples is None else [f"eval.samples={arguments.samples}"]
+    run = maps.configuration(arguments, asked)
+    if arguments.prompt is not None:
+        from skv_dist.parallel.decode import check_decodable
+
+        check_decodable(run)
     return run
-
-
-def _plans(arguments: argparse.Namespace, run: RunConfig) -> dict[str, RoutePlan]:
-    """The sharing maps to measure, by the name of their loss."""
-    from skv_dist.evaluation.sweep import retention_plans
-
-    plans = retention_plans(run)
-    for layers in arguments.cached_layers:
-        table = map_from_cached_layers(run.model.num_layers, layers)
-        plans[f"loss@layers {','.join(map(str, sorted(set(layers))))}"] = RoutePlan(table)
-    return plans
 
 
 def _print_sample(

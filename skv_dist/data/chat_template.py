@@ -1,6 +1,7 @@
 """Chats as tokens, through the template that a Hugging Face tokenizer brings along."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,8 @@ def encode_chat(stock: Any, messages: Messages) -> tuple[np.ndarray, np.ndarray]
         UserError: there is no template, it cannot render these messages, or it renders the beginning of the chat
             otherwise once more follows, so that an answer cannot be told from its prompt.
     """
-    if not stock.chat_template:
-        raise UserError(f"data.tokenizer '{stock.name_or_path}' has no chat template, which a source of messages needs")
-    template = stock.get_chat_template()
-    try:
-        if any(mark in template for mark in _MARKED):
+    with _rendering(stock):
+        if any(mark in stock.get_chat_template() for mark in _MARKED):
             marked = stock.apply_chat_template(
                 list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
@@ -40,14 +38,33 @@ def encode_chat(stock: Any, messages: Messages) -> tuple[np.ndarray, np.ndarray]
 
         whole = render(messages, False)
         spans = _answers(render, messages, whole)
+    encoded = stock(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+    return ids, _tokens_within(encoded["offset_mapping"], spans, len(whole))
+
+
+def encode_prompt(stock: Any, messages: Messages) -> list[int]:
+    """The ids of a chat up to where an assistant begins to answer.
+
+    Raises:
+        UserError: as `encode_chat`.
+    """
+    with _rendering(stock):
+        rendered = stock.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return [int(i) for i in stock(rendered, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+@contextmanager
+def _rendering(stock: Any) -> Iterator[None]:
+    if not stock.chat_template:
+        raise UserError(f"data.tokenizer '{stock.name_or_path}' has no chat template, which messages need")
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # jinja and transformers raise a different class for each way this can fail
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"the chat template of the tokenizer cannot render these messages: {reason}") from error
-    encoded = stock(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = np.asarray(encoded["input_ids"], dtype=np.int64)
-    return ids, _tokens_within(encoded["offset_mapping"], spans, len(whole))
 
 
 def _answers(render: Callable[[Messages, bool], str], messages: Messages, whole: str) -> list[tuple[int, int]]:

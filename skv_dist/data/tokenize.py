@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -106,7 +107,7 @@ def _cached_folders(source: SourceConfig, tokenizer: Tokenizer, cache_dir: str) 
     folders = []
     for fingerprint in tokenizer.fingerprints():
         # Keys that did not exist yet are left out where they are not used: sets made before stay known.
-        identity = [source.model_dump(exclude={"weight", *unused}), state, fingerprint]
+        identity: list[Any] = [source.model_dump(exclude={"weight", *unused}), state, fingerprint]
         if tokenizer.begin_of_document is not None:
             identity.append(tokenizer.begin_of_document)  # earlier versions put nothing before a text
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:24]

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from skv_dist.data.chat_template import Messages, encode_chat
+from skv_dist.data.chat_template import Messages, encode_chat, encode_prompt
 from skv_dist.errors import UserError
 
 
@@ -31,7 +31,14 @@ class Tokenizer(Protocol):
     def encode_chat(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
         """See `skv_dist.data.chat_template.encode_chat`."""
 
-    def decode(self, ids: list[int]) -> str: ...
+    def encode_prompt(self, messages: Messages) -> list[int]:
+        """See `skv_dist.data.chat_template.encode_prompt`."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Text, without special tokens."""
+
+    def spell(self, ids: list[int]) -> str:
+        """Text in which special tokens stand by their names."""
 
     def fingerprint(self) -> str:
         """Changes whenever the same text could give other ids."""
@@ -51,6 +58,7 @@ class ByteTokenizer:
     begin_of_document: int | None = None
     end_of_document = 1
     _offset = 3
+    _names = (b"<pad>", b"</s>", b"<unk>")
 
     def encode(self, text: str) -> np.ndarray:
         # surrogatepass: a lone surrogate in scraped text must not end a run
@@ -60,9 +68,16 @@ class ByteTokenizer:
     def encode_chat(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
         raise UserError("data.tokenizer 'byte' has no chat template: name a tokenizer that has one")
 
+    def encode_prompt(self, messages: Messages) -> list[int]:
+        return self.encode_chat(messages)[0].tolist()
+
     def decode(self, ids: list[int]) -> str:
         data = bytes(i - self._offset for i in ids if self._offset <= i < self.vocab_size)
         return data.decode("utf-8", errors="replace")
+
+    def spell(self, ids: list[int]) -> str:
+        pieces = (bytes([i - self._offset]) if i >= self._offset else self._names[i] for i in ids)
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     def fingerprint(self) -> str:
         return "byte-v1"
@@ -99,8 +114,14 @@ class HuggingFaceTokenizer:
     def encode_chat(self, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
         return encode_chat(self.stock, messages)
 
+    def encode_prompt(self, messages: Messages) -> list[int]:
+        return encode_prompt(self.stock, messages)
+
     def decode(self, ids: list[int]) -> str:
         return str(self.stock.decode(ids, skip_special_tokens=True))
+
+    def spell(self, ids: list[int]) -> str:
+        return str(self.stock.decode(ids, skip_special_tokens=False))
 
     def fingerprint(self) -> str:
         return _digest(f"{self._content()}\n{self.end_of_document}")

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from skv_dist.config.data import SourceConfig
 from skv_dist.config.run import RunConfig
+from skv_dist.data.read_file import rows
+from skv_dist.data.row_documents import NoDocumentError, TextTemplate
 from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
 from skv_dist.evaluation.answer_scores import exact_match, token_f1
@@ -23,6 +26,45 @@ class Question(NamedTuple):
 
     prompt: list[int]
     references: list[str]
+
+
+def read_questions(
+    source: SourceConfig, prompt: str, answers: str, tokenizer: Tokenizer, *, chat: bool
+) -> list[Question]:
+    """The questions of a file.
+
+    Args:
+        prompt: as ``data.sources.prompt_field``.
+        answers: the field that holds the right answer, or a list of right answers.
+        chat: whether the prompt is a user's message, which the tokenizer's template renders.
+
+    Raises:
+        UserError: the file cannot be read, or a row holds no question; naming the row.
+    """
+    template = TextTemplate(prompt, "--prompt-field")
+    questions = []
+    for number, row in rows(source.path, source.format, [*template.fields, answers]):
+        try:
+            text = template.text(row)
+            references = row[answers]
+        except (NoDocumentError, KeyError) as error:
+            raise UserError(f"'{source.path}' row {number} is no question: {error}") from error
+        except UserError as error:
+            raise UserError(f"'{source.path}' row {number}: {error}") from error
+        right = [references] if isinstance(references, str) else references
+        if not (isinstance(right, list) and right and all(isinstance(text, str) for text in right)):
+            raise UserError(f"'{source.path}' row {number}: field '{answers}' is no text and no list of texts")
+        questions.append(Question(_prompt_ids(tokenizer, text, chat), right))
+    if not questions:
+        raise UserError(f"'{source.path}' holds no questions")
+    return questions
+
+
+def _prompt_ids(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
+    if chat:
+        return tokenizer.encode_prompt([{"role": "user", "content": text}])
+    begin = [] if tokenizer.begin_of_document is None else [tokenizer.begin_of_document]
+    return [*begin, *(int(i) for i in tokenizer.encode(text))]
 
 
 class Answer(NamedTuple):
@@ -48,6 +90,9 @@ class Score:
     token_f1: float
     cache_bytes_per_token: int
     answers: list[Answer]
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "answers": [answer._asdict() for answer in self.answers]}
 
 
 def answer_questions(

@@ -1,0 +1,131 @@
+"""``skv-eval questions``: answers to the questions of a file, scored at several cache sizes."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skv_dist.commands import maps
+from skv_dist.config.data import SourceConfig
+from skv_dist.config.run import RunConfig
+from skv_dist.errors import UserError
+
+if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
+    from skv_dist.data.tokenizer import Tokenizer
+    from skv_dist.evaluation.questions import Question, Score
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skv-eval questions",
+        description=__doc__,
+        epilog="example: skv-eval questions RUN/checkpoints/step_00000100 questions.jsonl --prompt-field "
+        "'{context}\\nQuestion: {question}\\nAnswer:' --answers-field answers --retention 1 0.5 0.25",
+    )
+    parser.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100")
+    parser.add_argument("file", help="JSONL or Parquet, one question a row")
+    maps.add_arguments(parser)
+    parser.add_argument(
+        "--prompt-field", help="field, or text with {fields} (default: prompt_field of the checkpoint's first source)"
+    )
+    parser.add_argument(
+        "--answers-field", help="field with the right answer, or a list of them (default: that of response_field)"
+    )
+    parser.add_argument("--chat", action="store_true", help="give the prompt as a user's message, by the chat template")
+    parser.add_argument("--number", type=int, help="take the first so many questions (default: all)")
+    parser.add_argument("--new-tokens", type=int, default=32, help="largest length of an answer (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=16, help="questions answered together (default: 16)")
+    return parser
+
+
+def evaluate_questions(argv: list[str]) -> int:
+    """The command behind its name.
+
+    Raises:
+        UserError: the file, the checkpoint or an argument is not what it should be.
+    """
+    arguments = maps.parse(_parser(), argv)
+    for name in ("number", "new_tokens", "batch_size"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    run = maps.configuration(arguments, [])
+
+    from skv_dist.checkpoint.frozen_model import frozen_model
+    from skv_dist.data.tokenizer import load_tokenizer
+    from skv_dist.evaluation.questions import answer_questions
+    from skv_dist.parallel.decode import check_decodable
+    from skv_dist.parallel.processes import groups
+
+    check_decodable(run)
+    plans = maps.plans(arguments, run)
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    questions = _questions(arguments, run, tokenizer)
+    world = groups.start(run.parallel)
+    engine = frozen_model(run, arguments.checkpoint, world)
+    scores = answer_questions(
+        engine,
+        run,
+        world,
+        tokenizer,
+        questions,
+        {name.removeprefix("loss@"): plan for name, plan in plans.items()},
+        new_tokens=arguments.new_tokens,
+        batch_size=arguments.batch_size,
+        on_batch=_progress(len(questions) * len(plans) // world.data_size, shown=world.is_first),
+    )
+    if world.is_first:
+        print(_table(scores, run.model.num_layers, [len(set(plan.table)) for plan in plans.values()]))
+        if arguments.json is not None:
+            maps.write_json(arguments.json, {name: score.as_json() for name, score in scores.items()})
+    groups.stop()
+    return 0
+
+
+def _questions(arguments: argparse.Namespace, run: RunConfig, tokenizer: "Tokenizer") -> "list[Question]":
+    from skv_dist.data.local_files import format_of
+    from skv_dist.evaluation.questions import read_questions
+
+    trained = next((source for source in run.data.sources if source.prompt_field is not None), None)
+    prompt = arguments.prompt_field or (trained.prompt_field if trained else None)
+    answers = arguments.answers_field or _single_field(trained)
+    if prompt is None or answers is None:
+        raise UserError(
+            "the checkpoint was not trained on prompts, so that questions have no form: give --prompt-field and "
+            "--answers-field"
+        )
+    if not Path(arguments.file).expanduser().is_file():
+        raise UserError(f"{arguments.file} is no file")
+    source = SourceConfig(path=arguments.file, format="parquet" if format_of(arguments.file) == "parquet" else "jsonl")
+    questions = read_questions(source, prompt, answers, tokenizer, chat=arguments.chat)
+    return questions[: arguments.number]
+
+
+def _single_field(source: SourceConfig | None) -> str | None:
+    from skv_dist.data.row_documents import TextTemplate
+
+    if source is None or source.response_field is None:
+        return None
+    fields = TextTemplate(source.response_field, "response_field").fields
+    return fields[0] if len(fields) == 1 else None
+
+
+def _progress(total: int, *, shown: bool) -> Callable[[int], None]:
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, desc="answers", unit="question", disable=not shown)
+
+    def update(count: int) -> None:
+        bar.update(count)
+
+    return update
+
+
+def _table(scores: "dict[str, Score]", num_layers: int, owners: list[int]) -> str:
+    lines = [f"{'retention':<16} {'cached layers':>13} {'bytes/token':>12} {'exact match':>12} {'F1':>7}"]
+    for (name, score), kept in zip(scores.items(), owners):
+        cached = f"{kept} of {num_layers}"
+        lines.append(
+            f"{name:<16} {cached:>13} {score.cache_bytes_per_token:>12,} {score.exact_match:>12.2f} "
+            f"{score.token_f1:>7.2f}"
+        )
+    return "\n".join(lines)

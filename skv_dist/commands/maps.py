@@ -1,0 +1,87 @@
+"""Arguments that commands on a checkpoint share: which checkpoint, in which layout, under which sharing maps."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from skv_dist.config.run import RunConfig, derive
+from skv_dist.errors import UserError
+from skv_dist.routing import RoutePlan, map_from_cached_layers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that measures a checkpoint."""
+    parser.description = (
+        f"{parser.description} Arguments of the form section.key=value, such as parallel.tensor=2, change the "
+        "checkpoint's configuration; it is laid out over one process unless they say otherwise."
+    )
+    parser.add_argument("--retention", type=float, nargs="+", metavar="R", help="default: eval.retention")
+    parser.add_argument(
+        "--cached-layers",
+        type=int,
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="L",
+        help="also measure the map in which only these layers keep a cache (may be given several times)",
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The arguments, with ``overrides``: those of the form section.key=value, wherever they stand.
+
+    argparse would take one behind ``--retention 1 0.5`` for a retention.
+    """
+    overrides = [argument for argument in argv if _is_override(argument)]
+    arguments = parser.parse_args([argument for argument in argv if argument not in overrides])
+    arguments.overrides = overrides
+    return arguments
+
+
+def _is_override(argument: str) -> bool:
+    key, equals, _ = argument.partition("=")
+    section, dot, _ = key.partition(".")
+    return bool(equals and dot) and section in RunConfig.model_fields
+
+
+def configuration(arguments: argparse.Namespace, asked: list[str]) -> RunConfig:
+    """The checkpoint's configuration with what the command line asks for, checked against the number of processes.
+
+    Args:
+        asked: overrides that come before those of the command line.
+
+    Raises:
+        UserError: it cannot run.
+    """
+    from skv_dist.checkpoint.frozen_model import config_of
+    from skv_dist.parallel.processes import launcher
+
+    if arguments.retention is not None:
+        asked = [f"eval.retention={json.dumps(arguments.retention)}", *asked]
+    run = config_of(arguments.checkpoint, [*asked, *arguments.overrides])
+    derive(run, launcher.world_size())
+    return run
+
+
+def plans(arguments: argparse.Namespace, run: RunConfig) -> dict[str, RoutePlan]:
+    """The sharing maps to measure, by the name of their loss."""
+    from skv_dist.evaluation.sweep import retention_plans
+
+    named = retention_plans(run)
+    for layers in arguments.cached_layers:
+        table = map_from_cached_layers(run.model.num_layers, layers)
+        named[f"loss@layers {','.join(map(str, sorted(set(layers))))}"] = RoutePlan(table)
+    return named
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Raises:
+    UserError: the file cannot be written.
+    """
+    try:
+        file.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from error
