@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from skv_dist.config.routing import RoutingConfig
 from skv_dist.errors import UserError
-from skv_dist.routing.policies import Fixed, Policy, RandomCLA, RandomFixedTarget, RandomSubset, WithinStages
+from skv_dist.routing.policies import Fixed, Policy, Ramped, RandomCLA, RandomFixedTarget, RandomSubset, WithinStages
 from skv_dist.routing.sharing import groups_of, validate_sharing_map
 
 
@@ -39,15 +39,35 @@ _BUILDERS: dict[str, Callable[[RoutingConfig, int], Policy]] = {
 }
 
 
-def build_policy(config: RoutingConfig, num_layers: int, stages: Sequence[range] | None = None) -> Policy:
+def build_policy(
+    config: RoutingConfig, num_layers: int, stages: Sequence[range] | None = None, num_steps: int = 0
+) -> Policy:
     """The policy that the ``routing`` section asks for.
 
     Args:
         stages: the layers of each pipeline stage; None for one stage.
+        num_steps: ``train.steps``, of which ``start``, ``ramp`` and ``stop`` may be a part.
 
     Raises:
-        UserError: the section does not fit the number of layers.
+        UserError: the section does not fit the number of layers, or ends before it begins.
     """
+    policy = _unscheduled(config, num_layers, stages)
+    if config.start == config.ramp == 0 and config.stop is None:
+        return policy
+
+    def steps(value: float) -> int:
+        return round(value * num_steps) if value < 1 else int(value)
+
+    begin = steps(config.start)
+    end = None if config.stop is None else steps(config.stop)
+    if end is not None and end <= begin:
+        raise UserError(
+            f"routing.stop (step {end}) is not behind routing.start (step {begin}): raise the first or lower the second"
+        )
+    return Ramped(num_layers, policy, begin, begin + steps(config.ramp), end)
+
+
+def _unscheduled(config: RoutingConfig, num_layers: int, stages: Sequence[range] | None) -> Policy:
     build = _BUILDERS[config.policy]
     if config.within_stage and stages is not None and len(stages) > 1:
         return WithinStages(num_layers, tuple(build(config, len(stage)) for stage in stages))

@@ -8,6 +8,7 @@ from skv_dist.config.section import Section
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Step = Annotated[int, Field(ge=0)]
+StepOrPart = Annotated[float, Field(ge=0)]
 
 
 class RoutingConfig(Section):
@@ -57,6 +58,25 @@ class RoutingConfig(Section):
     """Whether sources must lie on the same pipeline stage, so that no K/V cross between stages. For slow links. It
     CHANGES THE METHOD: the policy is applied to each stage on its own, the first layer of a stage never borrows, and
     results depend on parallel.pipeline. Without effect on one stage; refused with policy fixed."""
+
+    start: StepOrPart = 0
+    """Step from which layers may borrow; until then each uses its own K/V. Below 1: a part of train.steps. For every
+    policy."""
+
+    ramp: StepOrPart = 0
+    """Number of steps behind start over which routing comes in. In each micro-batch of them a layer follows the policy
+    with a probability that grows from 0 to 1, and otherwise uses its own K/V. Below 1: a part of train.steps."""
+
+    stop: StepOrPart | None = None
+    """Step from which each layer uses its own K/V again. Below 1: a part of train.steps. null: routing goes on to the
+    end."""
+
+    @field_validator("start", "ramp", "stop")
+    @classmethod
+    def _whole_steps(cls, value: float | None) -> float | None:
+        if value is not None and value >= 1 and value != int(value):
+            raise ValueError("must be a whole number of steps, or a part of train.steps below 1")
+        return value
 
     @field_validator("cross_prob")
     @classmethod

@@ -106,7 +106,7 @@ class RunConfig(Section):
 
     def policy(self) -> Policy:
         """The routing policy over the layers of this model."""
-        return build_policy(self.routing, self.model.num_layers, self.stages)
+        return build_policy(self.routing, self.model.num_layers, self.stages, self.train.steps)
 
 
 @dataclass(frozen=True)

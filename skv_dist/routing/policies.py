@@ -119,6 +119,40 @@ class RandomSubset(Policy):
 
 
 @dataclass(frozen=True)
+class Ramped(Policy):
+    """Another policy, from some step on: until then each layer uses its own K/V, and in between it follows that policy
+    with a probability that grows along a straight line.
+
+    Attributes:
+        begin: step at which the first layers may borrow.
+        full: step from which all follow the policy.
+        end: step from which each layer uses its own K/V again; None: never.
+    """
+
+    policy: Policy
+    begin: int
+    full: int
+    end: int | None
+
+    def table(self, key: DrawKey) -> tuple[int, ...]:
+        followed = self._part_followed(key.step)
+        table = self.policy.table(key) if followed else range(self.num_layers)
+        drawn = words(key, b"ramp", self.num_layers)
+        return tuple(
+            source if happens(word, followed) else layer for layer, (source, word) in enumerate(zip(table, drawn))
+        )
+
+    def _part_followed(self, step: int) -> float:
+        if step < self.begin or (self.end is not None and step >= self.end):
+            return 0.0
+        return 1.0 if step >= self.full else (step - self.begin + 1) / (self.full - self.begin + 1)
+
+    def expected_crossings(self, stages: Sequence[range], seed: int, draws: int = 256) -> list[tuple[float, int]]:
+        """At full strength."""
+        return self.policy.expected_crossings(stages, seed, draws)
+
+
+@dataclass(frozen=True)
 class WithinStages(Policy):
     """A policy of its own for each pipeline stage, so that no K/V crosses a boundary. **Changes the method**: sources
     are no longer uniform over all earlier layers, and the first layer of each stage never borrows."""

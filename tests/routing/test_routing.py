@@ -136,3 +136,41 @@ def test_what_crosses_a_boundary_is_what_later_stages_read() -> None:
     assert plan.live_at_boundaries(stages) == ((0, 1), (0, 4))
     (mean, most), _ = build_policy(RoutingConfig(policy="r_cla", cross_prob=1.0), 8).expected_crossings(stages, 1)
     assert 1 < mean < most <= 3
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"policy": "r_cla"}, {"policy": "subset"}, {"policy": "cla", "group_size": 3}, {"policy": "suffix"}],
+    ids=str,
+)
+def test_every_policy_comes_in_and_goes(given: dict[str, object]) -> None:
+    whole = build_policy(RoutingConfig.model_validate(given), 12)
+    policy = build_policy(RoutingConfig.model_validate({**given, "start": 10, "ramp": 0.4, "stop": 90}), 12, None, 100)
+    dense = tuple(range(12))
+    for step in (0, 9, 90, 99):
+        assert policy.table(DrawKey(0, step, 0)) == dense
+    for step in (50, 89):
+        assert policy.table(DrawKey(0, step, 0)) == whole.table(DrawKey(0, step, 0))
+    followed = borrowed = 0
+    for micro_batch in range(400):
+        key = DrawKey(0, 29, micro_batch)  # about half way
+        for layer, (source, meant) in enumerate(zip(policy.table(key), whole.table(key))):
+            assert source in (layer, meant)
+            borrowed += meant != layer
+            followed += source != layer
+    assert followed / borrowed == pytest.approx(20 / 41, abs=0.07)
+
+
+def test_parts_are_of_all_steps() -> None:
+    policy = build_policy(RoutingConfig(policy="cla", start=0.25, stop=0.75), 4, None, 200)
+    shares = [policy.plan(DrawKey(0, step, 0)).retention < 1 for step in range(200)]
+    assert shares == [False] * 50 + [True] * 100 + [False] * 50
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"start": 2.5}, "whole number of steps"), ({"start": 20, "stop": 20}, r"routing.stop \(step 20\) is not behind")],
+)
+def test_a_schedule_that_cannot_be_is_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises((ValueError, UserError), match=message):
+        build_policy(RoutingConfig.model_validate({"policy": "cla", **given}), 4, None, 100)
