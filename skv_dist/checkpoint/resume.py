@@ -30,7 +30,7 @@ _FREE_FOR_WEIGHTS = {
     "model.init_std",
 }
 _BOUND_SECTIONS = ("model", "routing", "data", "optimizer")
-_BOUND_TRAIN = ("steps", "seed", "global_batch_size", "micro_batch_size", "precision")
+_BOUND_TRAIN = ("steps", "freeze", "seed", "global_batch_size", "micro_batch_size", "precision")
 
 
 def _flat(values: Any, name: str) -> Iterator[tuple[str, Any]]:

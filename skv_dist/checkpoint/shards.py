@@ -81,6 +81,11 @@ def stored_parameters(engine: Engine) -> Iterator[Stored]:
         yield Stored(name, parameter, keeper)
 
 
+def quantities_of(parameter: torch.nn.Parameter, wanted: Sequence[Quantity] = tuple(Quantity)) -> Sequence[Quantity]:
+    """Those that the parameter has: a frozen one has no moments."""
+    return [quantity for quantity in wanted if parameter.requires_grad or quantity is Quantity.WEIGHT]
+
+
 def stored_name(quantity: Quantity, name: str) -> str:
     """Name on disk of one value of a parameter."""
     return f"{quantity.value}.{name}"
@@ -101,7 +106,7 @@ def snapshot(engine: Engine, run: RunConfig) -> dict[str, Shards]:
     data_rank = parallel_state.get_data_parallel_rank()
     shards = {}
     for stored in stored_parameters(engine):
-        for quantity in Quantity:
+        for quantity in quantities_of(stored.parameter):
             value = engine.read(stored.parameter, quantity)
             if stored.keeper == data_rank:
                 # to() alone would hand out the engine's own memory on a CPU
@@ -115,7 +120,7 @@ def empty_shards(engine: Engine, run: RunConfig, quantities: Sequence[Quantity])
     data_rank = parallel_state.get_data_parallel_rank()
     shards = {}
     for stored in stored_parameters(engine):
-        for quantity in quantities:
+        for quantity in quantities_of(stored.parameter, quantities):
             if stored.keeper == data_rank:
                 zeros = torch.zeros(partitioned_shape(stored.parameter))
                 shards[stored_name(quantity, stored.name)] = _shards_of(stored, run, zeros, writes=False)
@@ -129,7 +134,7 @@ def restore(engine: Engine, shards: dict[str, Shards], quantities: Sequence[Quan
     data_rank = parallel_state.get_data_parallel_rank()
     device = engine.model.device
     for stored in stored_parameters(engine):
-        for quantity in quantities:
+        for quantity in quantities_of(stored.parameter, quantities):
             if stored.keeper == data_rank:
                 value = shards[stored_name(quantity, stored.name)].part.to(device)
             else:

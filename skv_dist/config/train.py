@@ -56,6 +56,10 @@ class TrainConfig(Section):
     only where ZeRO shards nothing. model.attention_dropout does not go with it where recompute is selective and repeats
     core_attn."""
 
+    freeze: list[str] = []
+    """Patterns of the weights that stay as they are, such as "*.mlp.*" or "embedding.weight". They have no optimizer
+    state. Compared with names as in "layers.17.self_attention.linear_qkv.weight", in which * stands for any part."""
+
     max_skipped_steps: int = Field(default=10, gt=0)
     """The run ends with an error when so many updates in a row were skipped. An update is skipped when the loss or the
     gradient norm is not finite, or the loss is a spike (spike_factor)."""

@@ -193,7 +193,13 @@ class RoutedChunk(MegatronModule):
             hidden = hidden * scale.item()
         if not self.config.sequence_parallel:
             hidden = hidden.transpose(0, 1).contiguous()  # [b, s, h] -> [s, b, h]; with SP the scatter does it
+        if self.training and not hidden.requires_grad and self._learns():
+            # Behind a frozen embedding a recomputed layer would see no input with a gradient, and train nothing.
+            hidden.requires_grad_()
         return torch.nn.functional.dropout(hidden, self.config.hidden_dropout, self.training)
+
+    def _learns(self) -> bool:
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
 
     def _dropout_rng(self) -> Any:
         """With sequence parallelism each rank holds other positions, and drops on a stream of its own."""

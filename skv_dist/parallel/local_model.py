@@ -13,6 +13,7 @@ from skv_dist.config.run import RunConfig
 from skv_dist.model.chunk import RoutedChunk
 from skv_dist.model.initialize import initial_value
 from skv_dist.model.kv_cache import KvCache
+from skv_dist.parallel.freezing import freeze
 from skv_dist.parallel.tensor_split import Replicated, split_of
 from skv_dist.parallel.wire.packing import Packing
 from skv_dist.routing import RoutePlan
@@ -81,6 +82,10 @@ class LocalModel(torch.nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Those of `named` that are not frozen."""
+        return ((name, parameter) for name, parameter in self.named() if parameter.requires_grad)
+
     def named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Parameters under their global names: ``layers.17.mlp.linear_fc1.weight``, whichever chunk holds them."""
         for name, parameter in self.named_parameters():
@@ -111,6 +116,7 @@ def build_local_model(run: RunConfig, device: torch.device, context: Any = None)
         model = LocalModel(chunks, Packing.of(run))
     if context is None:
         model.to(device)
+    freeze(dict(model.named()), run)
     mark_split_parameters(model, run)
     add_gradient_sums(model)
     if run.train.compile:
@@ -147,7 +153,7 @@ def add_gradient_sums(model: LocalModel) -> None:
         dist.all_reduce(summed, group=group)
         return summed.to(grad.dtype)
 
-    for name, parameter in model.named():
+    for name, parameter in model.trainable():
         sees_some_heads = "q_layernorm" in name or "k_layernorm" in name
         if sees_some_heads or getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(sum_over_ranks)

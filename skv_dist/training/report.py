@@ -18,6 +18,8 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine)
     """The derived values of the run, one a line."""
     train, parallel, model = run.train, run.parallel, run.model
     num_parameters = sum(torch.Size(partitioned_shape(p)).numel() for p in engine.model.parameters())
+    num_frozen = sum(torch.Size(partitioned_shape(p)).numel() for p in engine.model.parameters() if not p.requires_grad)
+    frozen = f", {num_frozen:,} of them frozen" if num_frozen else ""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     routing: str = run.routing.policy
     if routing in ("r_cla", "rd_cla"):
@@ -38,7 +40,7 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine)
         f"{' with sequence parallelism' if parallel.sequence_parallel else ''}{stages} x data {derived.data_parallel}, "
         f"{zero}, {train.precision}",
         "model": f"{model.num_layers} layers x {model.hidden_size}, vocabulary {run.vocab_size:,}, "
-        f"{num_parameters:,} parameters on this rank",
+        f"{num_parameters:,} parameters on this rank{frozen}",
         "routing": routing,
         "batch": f"{train.global_batch_size} sequences x {run.data.sequence_length} = {derived.tokens_per_step:,} "
         f"tokens a step, in {derived.num_micro_batches} micro-batches of {train.micro_batch_size} per replica",

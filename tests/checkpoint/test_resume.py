@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.load import tensor_shapes
 from tests.support.checkpoints import END, HALF, assert_equal, resumed_run, small_run, whole_run
 from tests.support.jobs.checkpoint import read_and_write
 from tests.support.layouts import Layout
@@ -37,6 +38,21 @@ def test_resuming_on_the_same_layout_is_bitwise(
     assert [line["step"] for line in found] == list(range(1, END + 1))
     assert losses(found) == losses(expected)
     assert_equal(*(files.folder_of(tmp_path / run / "checkpoints", END) for run in ("resumed", "whole")))
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(zero_stage=0), Layout(replicas=2, zero_stage=2), Layout(zero_stage=3)], ids=str
+)
+def test_frozen_weights_have_no_moments_and_resume(workers: Any, text: Path, tmp_path: Path, layout: Layout) -> None:
+    sections = {"train": {"precision": "bf16", "freeze": ["*.mlp.*", "embedding.weight"]}}
+    expected = whole_run(workers, text, tmp_path / "whole", layout, **sections)
+    found = resumed_run(workers, text, tmp_path / "whole", tmp_path / "resumed", layout, **sections)
+    assert losses(found) == losses(expected)
+    end = files.folder_of(tmp_path / "whole" / "checkpoints", END)
+    assert_equal(files.folder_of(tmp_path / "resumed" / "checkpoints", END), end)
+    names = tensor_shapes(end)
+    assert "model.layers.0.mlp.linear_fc1.weight" in names
+    assert not any(name.startswith("exp_avg") and (".mlp." in name or "embedding" in name) for name in names)
 
 
 TP2PP2 = Layout(tensor=2, pipeline=2, sequence_parallel=True, zero_stage=1)

@@ -100,7 +100,8 @@ class Engine(ABC):
     def read(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
         """fp32 value of this tensor-parallel rank's part. Collective over data-parallel ranks.
 
-        Moments can be read after `prepare_moments`.
+        Moments can be read after `prepare_moments`. A frozen parameter has none, and no master: what is read of it is
+        the working copy.
         """
 
     @abstractmethod

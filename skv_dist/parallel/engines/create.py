@@ -17,6 +17,9 @@ def create_engine(run: RunConfig, device: torch.device) -> Engine:
 
     Args:
         run: the complete configuration; process groups must exist.
+
+    Raises:
+        UserError: see `skv_dist.parallel.freezing.freeze`.
     """
     if not is_sharded(run.parallel.zero_stage, parallel_state.get_data_parallel_world_size()):
         from skv_dist.parallel.engines.replicated import ReplicatedEngine

@@ -17,7 +17,7 @@ class FrozenEngine(Engine):
         self.model = build_local_model(run, device)
         self.model.requires_grad_(False)
         self.model.eval()
-        self.tied = TiedHead(self.model)
+        self.tied = TiedHead(self.model, run)
 
     def _update(self, skip_update: torch.Tensor | bool) -> StepOutcome:
         raise NotImplementedError("a frozen model does not learn")

@@ -32,7 +32,7 @@ class ReplicatedEngine(Engine):
         self.model = build_local_model(run, device)
         self._clip = run.optimizer.clip_grad_norm
         self._model_group = parallel_state.get_model_parallel_group()
-        named = list(self.model.named())
+        named = list(self.model.trainable())
         with torch.no_grad():
             for parameter, value in local_initial_values(run, self.model):
                 parameter.copy_(value)
@@ -47,7 +47,7 @@ class ReplicatedEngine(Engine):
         # The gradient norm counts a parameter once: on every tensor-parallel rank where it is split, else on the first.
         is_first = parallel_state.get_tensor_model_parallel_rank() == 0
         self._counted = [p for _, p in named if is_first or p.tensor_model_parallel]  # type: ignore[attr-defined]
-        self.tied = TiedHead(self.model)
+        self.tied = TiedHead(self.model, run)
         self.tied.refresh()
 
     def set_clip_grad_norm(self, limit: float) -> None:
@@ -96,10 +96,11 @@ class ReplicatedEngine(Engine):
         return master if quantity is Quantity.WEIGHT else self.optimizer.state[master][quantity.value]
 
     def read(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
-        return self._stored(parameter, quantity).detach()
+        return self._stored(parameter, quantity).detach() if parameter.requires_grad else parameter.detach().float()
 
     @torch.no_grad()
     def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
-        self._stored(parameter, quantity).copy_(value)
+        if parameter.requires_grad:
+            self._stored(parameter, quantity).copy_(value)
         if quantity is Quantity.WEIGHT:
             parameter.copy_(value)

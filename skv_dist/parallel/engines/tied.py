@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from skv_dist.config.run import RunConfig
+from skv_dist.parallel.freezing import is_frozen
 from skv_dist.parallel.local_model import LocalModel
 
 
@@ -19,12 +21,13 @@ class TiedHead:
         model: the chunks of this rank.
     """
 
-    def __init__(self, model: LocalModel) -> None:
+    def __init__(self, model: LocalModel, run: RunConfig) -> None:
         chunks = model.routed_chunks()
         first, last = chunks[0], chunks[-1]
         self._group = None
         if not first.tie_embeddings or parallel_state.get_pipeline_model_parallel_world_size() == 1:
             return
+        self._learns = not is_frozen("embedding.weight", run)
         if not (first.has_embedding or last.has_head):
             return
         self._group = parallel_state.get_embedding_group()  # first and last stage
@@ -37,8 +40,10 @@ class TiedHead:
         config = last.config
         rows = last.output_layer.output_size_per_partition
         self._weight = torch.zeros(rows, config.hidden_size, dtype=config.params_dtype, device=model.device)
-        last.tied_weight = self._weight.requires_grad_()
-        self._weight.register_post_accumulate_grad_hook(self._accumulate)
+        last.tied_weight = self._weight
+        if not self._learns:
+            return
+        self._weight.requires_grad_().register_post_accumulate_grad_hook(self._accumulate)
         self._gradient = torch.zeros(rows, config.hidden_size, device=model.device)  # fp32, over micro-batches
 
     def _accumulate(self, copy: torch.Tensor) -> None:
@@ -54,7 +59,7 @@ class TiedHead:
 
     def gradient(self) -> torch.Tensor | None:
         """The head's part of the gradient since the last call, fp32, on the first stage. Collective over both."""
-        if self._group is None:
+        if self._group is None or not self._learns:
             return None
         if self._owns:
             gradient = torch.empty(self._weight.shape, dtype=torch.float32, device=self._weight.device)

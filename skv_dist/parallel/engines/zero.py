@@ -100,7 +100,7 @@ class ZeroEngine(Engine):
         self._stage = run.parallel.zero_stage
         self.model = self._build_model(run, device, config)
         self._write_copies(local_initial_values(run, self.model))
-        self.optimizer = build_optimizer(self.model.named(), run.optimizer, device.type == "cuda")
+        self.optimizer = build_optimizer(self.model.trainable(), run.optimizer, device.type == "cuda")
         self.optimizer.skip_update = self._must_skip
         self._asked_to_skip = False
         self._engine, self._zero, _, _ = deepspeed.initialize(
@@ -112,7 +112,7 @@ class ZeroEngine(Engine):
         )
         if self._stage >= 2:  # stage 1 reduces in step, in the order of the parameters
             keep_layers_in_order(self._zero, self.model)
-        self.tied = TiedHead(self.model)
+        self.tied = TiedHead(self.model, run)
         self.tied.refresh()
         # Of two backwards with no forward between them DeepSpeed would drop the gradient of the second
         # (docs/pitfalls.md).
@@ -201,15 +201,28 @@ class ZeroEngine(Engine):
     def read(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        if not parameter.requires_grad:
+            return self._copy_of(parameter)
         if quantity is Quantity.WEIGHT:
             return safe_get_full_fp32_param(parameter).detach()
         return safe_get_full_optimizer_state(parameter, quantity.value).detach()
+
+    def _copy_of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """The weight of a frozen parameter, which has no master."""
+        import deepspeed
+
+        if self._stage < 3:
+            return parameter.detach().float()
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().float().clone()
 
     @torch.no_grad()
     def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        if self._stage == 3:
+        if not parameter.requires_grad:
+            pass  # has no master
+        elif self._stage == 3:
             self._write_partition(parameter, quantity, value)
         elif quantity is Quantity.WEIGHT:
             safe_set_full_fp32_param(parameter, value)
