@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.metadata import SafeReader, read_into
-from skv_dist.checkpoint.shards import empty_shards, restore
+from skv_dist.checkpoint.shards import empty_parts, restore, shards_to_read
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 from skv_dist.parallel.engines.base import Engine, Quantity
@@ -46,16 +46,16 @@ def load_checkpoint(engine: Engine, run: RunConfig, folder: Path, *, weights_onl
     quantities: Sequence[Quantity] = (Quantity.WEIGHT,) if weights_only else tuple(Quantity)
     if not weights_only:
         engine.prepare_moments()
-    shards = empty_shards(engine, run, quantities)
+    parts = empty_parts(engine, run, quantities)
     error = None
     try:
-        read_into(folder, shards)
+        read_into(folder, shards_to_read(engine, run, parts))
     except UserError as problem:
         error = str(problem)
     agreed = first_error(error)
     if agreed is not None:
         raise UserError(agreed)
-    restore(engine, shards, quantities)
+    restore(engine, parts, quantities)
     if not weights_only:
         engine.num_updates = int(files.read_state(folder)["updates"])
 

@@ -1,12 +1,13 @@
 """Between an engine's parameters and optimizer state, and the full tensors of a checkpoint.
 
 Every value is stored under its global name with the shape it has in a single process, whatever the layout: the fp32
-weight as ``model.NAME``, Adam's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` (`Quantity`). Within a
-data-parallel group each parameter has one keeper that writes and reads it, so a rank holds its own share and one
-parameter more, never the model.
+weight as ``model.NAME``, Adam's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME`` (`Quantity`). Where ZeRO shares a
+parameter's values out over the replicas, each writes what it holds. Where all hold them, each parameter has one keeper
+among them that writes it, and each has one that reads it. So a rank holds a copy of its own share and one parameter
+more, never of the model, and nothing is sent for a save.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from skv_dist.config.run import RunConfig
-from skv_dist.parallel.engines.base import Engine, Quantity
+from skv_dist.parallel.engines.base import Engine, Piece, Quantity
 from skv_dist.parallel.local_model import partitioned_shape
 from skv_dist.parallel.tensor_split import Block, Replicated, split_of
+
+_PROPERTIES = TensorProperties.create_from_tensor(torch.empty(0, dtype=torch.float32))
 
 
 class Shards(torch.Tensor):
@@ -28,18 +31,15 @@ class Shards(torch.Tensor):
 
     Args:
         shape: of the full tensor.
-        part: this rank's part, fp32 on the CPU.
-        blocks: which blocks of it lie where.
+        blocks: by their offsets in it, fp32 on the CPU.
     """
 
-    part: torch.Tensor
     _blocks: dict[torch.Size, torch.Tensor]
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], part: torch.Tensor, blocks: Sequence[Block]) -> "Shards":
+    def __new__(cls, shape: Sequence[int], blocks: Mapping[tuple[int, ...], torch.Tensor]) -> "Shards":
         made = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape))
-        made.part = part
-        made._blocks = {torch.Size(block.offsets): part[block.slices] for block in blocks}
+        made._blocks = {torch.Size(offsets): block for offsets, block in blocks.items()}
         return made
 
     @classmethod
@@ -54,7 +54,7 @@ class Shards(torch.Tensor):
             WriteItem(
                 index=MetadataIndex(name, chunk.offsets),
                 type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(self.part), self.size()),
+                tensor_data=TensorWriteData(chunk, _PROPERTIES, self.size()),
             )
             for chunk in self.__create_chunk_list__()
         ]
@@ -91,52 +91,94 @@ def stored_name(quantity: Quantity, name: str) -> str:
     return f"{quantity.value}.{name}"
 
 
-def _shards_of(stored: Stored, run: RunConfig, values: torch.Tensor, *, writes: bool) -> Shards:
-    """Where ``values``, this tensor-parallel rank's part of a parameter, lie in the full tensor."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    part, split = partitioned_shape(stored.parameter), split_of(stored.name, run)
-    blocks = split.blocks(rank, part)
-    if writes and isinstance(split, Replicated) and rank > 0:
-        blocks = []  # the first rank writes it
-    return Shards(split.full_shape(part), values, blocks)
-
-
 def snapshot(engine: Engine, run: RunConfig) -> dict[str, Shards]:
-    """A copy on the CPU of what this rank stores. Collective over data-parallel ranks."""
+    """A copy on the CPU of what this rank stores. Sends nothing."""
     data_rank = parallel_state.get_data_parallel_rank()
     shards = {}
     for stored in stored_parameters(engine):
+        part, split = partitioned_shape(stored.parameter), split_of(stored.name, run)
+        tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+        if isinstance(split, Replicated) and tensor_rank > 0:
+            continue  # the first rank writes it
+        blocks = split.blocks(tensor_rank, part)
         for quantity in quantities_of(stored.parameter):
-            value = engine.read(stored.parameter, quantity)
-            if stored.keeper == data_rank:
+            piece = engine.own_piece(stored.parameter, quantity)
+            if piece is None and stored.keeper == data_rank:
+                piece = Piece(0, engine.read(stored.parameter, quantity).flatten())
+            if piece is not None and len(piece.values):
                 # to() alone would hand out the engine's own memory on a CPU
-                copy = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-                shards[stored_name(quantity, stored.name)] = _shards_of(stored, run, copy, writes=True)
+                values = piece.values.detach().to("cpu", torch.float32, copy=True)
+                within = blocks_of_piece(Piece(piece.begin, values), part, blocks)
+                shards[stored_name(quantity, stored.name)] = Shards(split.full_shape(part), within)
     return {name: pieces for name, pieces in shards.items() if pieces.__create_chunk_list__()}
 
 
-def empty_shards(engine: Engine, run: RunConfig, quantities: Sequence[Quantity]) -> dict[str, Shards]:
-    """Zeros for what this rank reads, in the same shares."""
+def blocks_of_piece(piece: Piece, part: Sequence[int], blocks: Sequence[Block]) -> dict[tuple[int, ...], torch.Tensor]:
+    """A piece of a rank's part as blocks of the full tensor, by their offsets there.
+
+    Consecutive elements of a matrix are at most three blocks: the rest of a row, whole rows, and the beginning of one.
+
+    Args:
+        part: shape of the part, one or two dimensions.
+        blocks: of which the part consists.
+    """
+    width = part[1] if len(part) > 1 else 1
+    begin, end = piece.begin, piece.begin + len(piece.values)
+    first_whole, last_whole = -(-begin // width), end // width  # rows
+    if first_whole > last_whole:  # within one row
+        runs = [(begin, end)]
+    else:
+        runs = [(begin, first_whole * width), (first_whole * width, last_whole * width), (last_whole * width, end)]
+    found = {}
+    for run_begin, run_end in runs:
+        if run_begin == run_end:
+            continue
+        row, column = divmod(run_begin, width)
+        columns = min(width, run_end - run_begin)
+        values = piece.values[run_begin - begin : run_end - begin].view(-1, columns)
+        for block in blocks:
+            rows_of, columns_of = (*block.slices, slice(0, 1))[:2]
+            top, bottom = max(row, rows_of.start), min(row + len(values), rows_of.stop)
+            left, right = max(column, columns_of.start), min(column + columns, columns_of.stop)
+            if top < bottom and left < right:
+                offsets = (top - rows_of.start + block.offsets[0], left - columns_of.start + (*block.offsets, 0)[1])
+                inside = values[top - row : bottom - row, left - column : right - column]
+                found[offsets[: len(part)]] = inside if len(part) > 1 else inside.flatten()
+    return found
+
+
+def empty_parts(engine: Engine, run: RunConfig, quantities: Sequence[Quantity]) -> dict[str, torch.Tensor]:
+    """Zeros of the shape of this rank's part, for each value that this rank reads."""
     data_rank = parallel_state.get_data_parallel_rank()
+    return {
+        stored_name(quantity, stored.name): torch.zeros(partitioned_shape(stored.parameter))
+        for stored in stored_parameters(engine)
+        for quantity in quantities_of(stored.parameter, quantities)
+        if stored.keeper == data_rank
+    }
+
+
+def shards_to_read(engine: Engine, run: RunConfig, parts: Mapping[str, torch.Tensor]) -> dict[str, Shards]:
+    """Where the values of ``parts`` (`empty_parts`), which are read into them, lie in full tensors."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
     shards = {}
-    for stored in stored_parameters(engine):
-        for quantity in quantities_of(stored.parameter, quantities):
-            if stored.keeper == data_rank:
-                zeros = torch.zeros(partitioned_shape(stored.parameter))
-                shards[stored_name(quantity, stored.name)] = _shards_of(stored, run, zeros, writes=False)
+    for name, part in parts.items():
+        split = split_of(name, run)
+        blocks = {block.offsets: part[block.slices] for block in split.blocks(rank, part.shape)}
+        shards[name] = Shards(split.full_shape(part.shape), blocks)
     return shards
 
 
 @torch.no_grad()
-def restore(engine: Engine, shards: dict[str, Shards], quantities: Sequence[Quantity]) -> None:
-    """Hand each value from its keeper to its data-parallel group and set it. Collective over all ranks."""
+def restore(engine: Engine, parts: Mapping[str, torch.Tensor], quantities: Sequence[Quantity]) -> None:
+    """Hand each value from its reader to its data-parallel group and set it. Collective over all ranks."""
     group = parallel_state.get_data_parallel_group()
     data_rank = parallel_state.get_data_parallel_rank()
     device = engine.model.device
     for stored in stored_parameters(engine):
         for quantity in quantities_of(stored.parameter, quantities):
             if stored.keeper == data_rank:
-                value = shards[stored_name(quantity, stored.name)].part.to(device)
+                value = parts[stored_name(quantity, stored.name)].to(device)
             else:
                 value = torch.empty(partitioned_shape(stored.parameter), device=device)
             if group.size() > 1:

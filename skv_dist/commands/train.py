@@ -161,7 +161,9 @@ def _train_in_folder(
 
     out = output_folder.folder_of(run)
     begin_with = None if start is not None else resume.checked_weights(run, tokenizer.fingerprints())
-    trainer = Trainer(run, derived, world, create_engine(run, world.device), data.samples)
+    from_scratch = start is None and begin_with is None
+    engine = create_engine(run, world.device, initialize=from_scratch)
+    trainer = Trainer(run, derived, world, engine, data.samples)
     _restore(trainer, start, begin_with)
     roll_backs = resume.roll_backs(run, start)
     saver = Saver(trainer.engine, run, out / output_folder.CHECKPOINTS)

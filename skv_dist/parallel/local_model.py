@@ -11,7 +11,6 @@ from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
 from skv_dist.model.chunk import RoutedChunk
-from skv_dist.model.initialize import initial_value
 from skv_dist.model.kv_cache import KvCache
 from skv_dist.parallel.freezing import freeze
 from skv_dist.parallel.tensor_split import Replicated, split_of
@@ -157,13 +156,3 @@ def add_gradient_sums(model: LocalModel) -> None:
         sees_some_heads = "q_layernorm" in name or "k_layernorm" in name
         if sees_some_heads or getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(sum_over_ranks)
-
-
-def local_initial_values(run: RunConfig, model: LocalModel) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Each parameter with its initial value on this rank, one at a time, float32 on the CPU."""
-    rank = parallel_state.get_tensor_model_parallel_rank()
-    for name, parameter in model.named():
-        part = partitioned_shape(parameter)
-        split = split_of(name, run)
-        full = initial_value(name, split.full_shape(part), run.model, run.train.seed)
-        yield parameter, split.take(full, rank, part)

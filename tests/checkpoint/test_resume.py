@@ -11,6 +11,7 @@ from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.load import tensor_shapes
 from tests.support.checkpoints import END, HALF, assert_equal, resumed_run, small_run, whole_run
 from tests.support.jobs.checkpoint import read_and_write
+from tests.support.jobs.initial_values import loaded_into_nan
 from tests.support.layouts import Layout
 from tests.support.runs import losses
 from tests.support.workers import JobFailedError
@@ -53,6 +54,19 @@ def test_frozen_weights_have_no_moments_and_resume(workers: Any, text: Path, tmp
     names = tensor_shapes(end)
     assert "model.layers.0.mlp.linear_fc1.weight" in names
     assert not any(name.startswith("exp_avg") and (".mlp." in name or "embedding" in name) for name in names)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(zero_stage=0), Layout(replicas=2, zero_stage=2), Layout(zero_stage=3)], ids=str
+)
+def test_nothing_is_drawn_where_a_checkpoint_is_loaded(
+    workers: Any, text: Path, finished: Path, tmp_path: Path, layout: Layout
+) -> None:
+    settings = small_run(text, tmp_path, layout)
+    folder = finished / "checkpoints" / f"step_{END:08d}"
+    for drew, spoilt in workers(layout.processes)(loaded_into_nan, settings, str(folder)):
+        assert not drew
+        assert spoilt == []
 
 
 TP2PP2 = Layout(tensor=2, pipeline=2, sequence_parallel=True, zero_stage=1)

@@ -43,7 +43,7 @@ def frozen_engine(run: Any, world: Any) -> Any:
 
 
 def assign_initial_values(engine: Any, run: Any) -> None:
-    from skv_dist.parallel.local_model import local_initial_values
+    from skv_dist.parallel.initial_values import local_initial_values
 
     engine.assign(local_initial_values(run, engine.model))
 

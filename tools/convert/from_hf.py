@@ -36,7 +36,7 @@ class _Lazy(Shards):
 
     @staticmethod
     def of(shape: tuple[int, ...], make: Callable[[], torch.Tensor]) -> "_Lazy":
-        lazy = _Lazy(shape, torch.empty(0), [])
+        lazy = _Lazy(shape, {})
         lazy.make = make
         return lazy
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,18 @@ class Quantity(StrEnum):
 
 
 MOMENTS = (Quantity.EXP_AVG, Quantity.EXP_AVG_SQ)
+
+
+class Piece(NamedTuple):
+    """Consecutive elements of a tensor-parallel rank's part.
+
+    Attributes:
+        begin: place of the first in the part, laid end to end.
+        values: float32 [n]; not a copy.
+    """
+
+    begin: int
+    values: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,16 @@ class Engine(ABC):
         Moments can be read after `prepare_moments`. A frozen parameter has none, and no master: what is read of it is
         the working copy.
         """
+
+    def own_piece(self, parameter: torch.nn.Parameter, quantity: Quantity) -> Piece | None:
+        """What this rank alone holds of its part, of which the replicas share out the elements. No communication.
+
+        Moments can be read after `prepare_moments`.
+
+        Returns:
+            None where every replica holds the whole part, so that `read` needs no communication either.
+        """
+        return None
 
     @abstractmethod
     def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:

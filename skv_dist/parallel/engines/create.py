@@ -12,11 +12,12 @@ def is_sharded(zero_stage: int, replicas: int) -> bool:
     return zero_stage == 3 or (zero_stage > 0 and replicas > 1)
 
 
-def create_engine(run: RunConfig, device: torch.device) -> Engine:
+def create_engine(run: RunConfig, device: torch.device, *, initialize: bool = True) -> Engine:
     """Build the model and the engine that ``parallel.zero_stage`` asks for.
 
     Args:
         run: the complete configuration; process groups must exist.
+        initialize: draw the initial weights. Else they hold anything until a checkpoint is loaded.
 
     Raises:
         UserError: see `skv_dist.parallel.freezing.freeze`.
@@ -24,7 +25,7 @@ def create_engine(run: RunConfig, device: torch.device) -> Engine:
     if not is_sharded(run.parallel.zero_stage, parallel_state.get_data_parallel_world_size()):
         from skv_dist.parallel.engines.replicated import ReplicatedEngine
 
-        return ReplicatedEngine(run, device)
+        return ReplicatedEngine(run, device, initialize=initialize)
     from skv_dist.parallel.engines.zero import ZeroEngine
 
-    return ZeroEngine(run, device)
+    return ZeroEngine(run, device, initialize=initialize)

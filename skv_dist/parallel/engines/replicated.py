@@ -17,7 +17,8 @@ from skv_dist.parallel.engines.compiled_adamw import CompiledAdamW
 from skv_dist.parallel.engines.gradient_sums import Gradients, GradientSums
 from skv_dist.parallel.engines.optimizer import build_optimizer
 from skv_dist.parallel.engines.tied import TiedHead
-from skv_dist.parallel.local_model import build_local_model, local_initial_values
+from skv_dist.parallel.initial_values import local_initial_values
+from skv_dist.parallel.local_model import build_local_model
 
 
 def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -28,13 +29,13 @@ def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
 class ReplicatedEngine(Engine):
     """fp32 weights ("masters"), and gradients summed in fp32. Nothing in a step waits for the device."""
 
-    def __init__(self, run: RunConfig, device: torch.device) -> None:
+    def __init__(self, run: RunConfig, device: torch.device, *, initialize: bool) -> None:
         self.model = build_local_model(run, device)
         self._clip = run.optimizer.clip_grad_norm
         self._model_group = parallel_state.get_model_parallel_group()
         named = list(self.model.trainable())
         with torch.no_grad():
-            for parameter, value in local_initial_values(run, self.model):
+            for parameter, value in local_initial_values(run, self.model) if initialize else ():
                 parameter.copy_(value)
         self._master_of = {parameter: _master(parameter) for _, parameter in named}
         bucket_elements = run.parallel.zero_bucket_mb * 2**20 // 4

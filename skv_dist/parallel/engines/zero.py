@@ -14,10 +14,11 @@ from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
 from skv_dist.model.layer import RoutedLayer
-from skv_dist.parallel.engines.base import Engine, Quantity, StepOutcome
+from skv_dist.parallel.engines.base import Engine, Piece, Quantity, StepOutcome
 from skv_dist.parallel.engines.optimizer import build_optimizer
 from skv_dist.parallel.engines.tied import TiedHead
-from skv_dist.parallel.local_model import LocalModel, build_local_model, local_initial_values
+from skv_dist.parallel.initial_values import local_initial_values
+from skv_dist.parallel.local_model import LocalModel, build_local_model, partitioned_shape
 from skv_dist.parallel.processes.groups import model_parallel_unit
 
 
@@ -89,7 +90,7 @@ def is_valid_norm(norm: float) -> bool:
 class ZeroEngine(Engine):
     """A `DeepSpeedEngine` (not its `PipelineEngine`)."""
 
-    def __init__(self, run: RunConfig, device: torch.device) -> None:
+    def __init__(self, run: RunConfig, device: torch.device, *, initialize: bool) -> None:
         import deepspeed
         from deepspeed.utils import logger
 
@@ -99,7 +100,8 @@ class ZeroEngine(Engine):
         config = deepspeed_config(run)
         self._stage = run.parallel.zero_stage
         self.model = self._build_model(run, device, config)
-        self._write_copies(local_initial_values(run, self.model))
+        if initialize:
+            self._write_copies(local_initial_values(run, self.model))
         self.optimizer = build_optimizer(self.model.trainable(), run.optimizer, device.type == "cuda")
         self.optimizer.skip_update = self._must_skip
         self._asked_to_skip = False
@@ -206,6 +208,23 @@ class ZeroEngine(Engine):
         if quantity is Quantity.WEIGHT:
             return safe_get_full_fp32_param(parameter).detach()
         return safe_get_full_optimizer_state(parameter, quantity.value).detach()
+
+    def own_piece(self, parameter: torch.nn.Parameter, quantity: Quantity) -> Piece | None:
+        key = None if quantity is Quantity.WEIGHT else quantity.value
+        if self._stage == 3:
+            if parameter.requires_grad:
+                partition, _ = self._zero._get_fp32_opt_state_partition(parameter, False, optim_state_key=key)
+            else:
+                partition = parameter.ds_tensor.float()  # type: ignore[attr-defined]
+            begin = partition.numel() * self._zero._get_param_partition_rank(parameter)
+            # The last partition is padded.
+            return Piece(begin, partition[: max(0, torch.Size(partitioned_shape(parameter)).numel() - begin)])
+        if not parameter.requires_grad:
+            return None
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Piece(0, torch.empty(0))
+        return Piece(mapping.lp_fragment_address.start, mapping.get_hp_fragment(key))
 
     def _copy_of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """The weight of a frozen parameter, which has no master."""
