@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.run import RunConfig, derive
 from skv_dist.errors import UserError
@@ -16,8 +17,8 @@ if TYPE_CHECKING:  # torch is imported once the configuration is known to be goo
     from skv_dist.parallel.processes.groups import World
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="skv-eval", description=__doc__)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="skv-eval", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100")
     parser.add_argument(
         "overrides",

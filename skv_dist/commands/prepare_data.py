@@ -1,15 +1,15 @@
 """``skv-data``: prepare token sets ahead of a run."""
 
-import argparse
 from pathlib import Path
 
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.data import SourceConfig
 from skv_dist.errors import UserError
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="skv-data", description=__doc__)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="skv-data", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     action = actions.add_parser("prepare", help="tokenize text, JSONL, Parquet or a hub dataset")
     action.add_argument("paths", nargs="+", help="files, folders or globs (** recurses), or hub names")

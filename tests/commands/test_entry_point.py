@@ -80,7 +80,7 @@ def told_to_torchrun(folder: str) -> tuple[str, int]:
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-    from skv_dist.commands.entry_point import report_once
+    from skv_dist.parallel.processes.report import report_once
 
     file = f"{folder}/0/error.json"
     os.makedirs(os.path.dirname(file))
