@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 STOPPED = "T"  # by a signal; a debugger's stop is another state
-_ANSWERS_WITHIN = 2.0  # seconds
+_ANSWERS_WITHIN = 10.0  # seconds, for which it needs a thousandth of one
 
 
 class Witness:
@@ -47,10 +47,17 @@ class Witness:
 
 
 def state_at(address: str, port: int) -> str | None:
-    """The state of the process whose witness answers there; None where nothing does."""
+    """The state of the process whose witness answers there; None where there is no witness.
+
+    One that takes the connection, as the kernel does for it, and does not answer is stopped itself, and with it all
+    that runs there: a container that was paused.
+    """
     try:
         with socket.create_connection((address, port), timeout=_ANSWERS_WITHIN) as connection:
-            return connection.recv(1).decode()
+            try:
+                return connection.recv(1).decode() or None
+            except TimeoutError:
+                return STOPPED
     except OSError:
         return None
 
