@@ -66,6 +66,8 @@ class Watch:
         self._tick_seconds = min(TICK_SECONDS, patience / 5)
         self._lost: list[int] = []
         self._settled = threading.Event()
+        self._asked: set[int] = set()  # ranks whose witness has not answered yet
+        self._stopped: dict[int, float] = {}  # ranks whose witness said so, and when it was asked
         self._closed = False
         self._bell, self._ring = socket.socketpair()
         self._selector = selectors.DefaultSelector()
@@ -123,9 +125,27 @@ class Watch:
         """Ask the witness of whoever was silent for long. Called once a tick."""
         raise NotImplementedError
 
-    def _is_stopped(self, rank: int, address: str) -> bool:
-        port = self.witnesses.get(rank)
-        return port is not None and state_at(address, port) == STOPPED
+    def _ask_about(self, rank: int, line: _Line) -> None:
+        """In a thread of its own: where a host has vanished, each of its witnesses takes long not to answer."""
+        with contextlib.suppress(OSError):  # the connection has just ended
+            address, port = line.socket.getpeername()[0], self.witnesses.get(rank)
+            if port is not None and rank not in self._asked:
+                self._asked.add(rank)
+                threading.Thread(target=self._hear_witness, args=(rank, address, port), daemon=True).start()
+
+    def _hear_witness(self, rank: int, address: str, port: int) -> None:
+        asked = time.monotonic()
+        if state_at(address, port) == STOPPED:
+            self._stopped[rank] = asked
+        self._asked.discard(rank)
+
+    def _is_lost(self, rank: int, heard: float, now: float) -> bool:
+        """Whether who was heard last at ``heard`` is lost.
+
+        An answer of its witness counts for the silence in which it was asked: a process that was stopped, ticked again
+        and is busy now is not lost.
+        """
+        return now - heard > self._patience or self._stopped.get(rank, heard) - heard > _STOPPED_SECONDS
 
 
 class Hub(Watch):
@@ -177,7 +197,7 @@ class Hub(Watch):
         if slept:
             self._heard = dict.fromkeys(self._heard, now)
         for rank, heard in self._heard.items():
-            if now - heard > self._patience:
+            if self._is_lost(rank, heard, now):
                 self._missing.setdefault(rank, now)
         first = min(self._missing.values(), default=math.inf)
         if not self._settled.is_set() and now - first > _COLLECT_SECONDS:
@@ -193,9 +213,7 @@ class Hub(Watch):
     def _ask(self, now: float) -> None:
         for rank, heard in self._heard.items():
             if rank in self._lines and now - heard > _STOPPED_SECONDS:
-                with contextlib.suppress(OSError):  # the connection has just ended
-                    if self._is_stopped(rank, self._lines[rank].socket.getpeername()[0]):
-                        self._missing.setdefault(rank, now)
+                self._ask_about(rank, self._lines[rank])
 
 
 class Member(Watch):
@@ -228,7 +246,7 @@ class Member(Watch):
     def _judge(self, now: float, slept: bool) -> None:
         if slept:
             self._heard = now
-        if now - self._heard > self._patience:
+        if self._is_lost(0, self._heard, now):
             self._settle([0])
 
     def _say(self, text: str) -> None:
@@ -237,6 +255,4 @@ class Member(Watch):
 
     def _ask(self, now: float) -> None:
         if now - self._heard > _STOPPED_SECONDS:
-            with contextlib.suppress(OSError):
-                if self._is_stopped(0, self._line.socket.getpeername()[0]):
-                    self._settle([0])
+            self._ask_about(0, self._line)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 STOPPED = "T"  # by a signal; a debugger's stop is another state
-_ANSWERS_WITHIN = 10.0  # seconds, for which it needs a thousandth of one
+_ANSWERS_WITHIN = 30.0  # seconds, for which it needs a thousandth of one unless its host has no memory left
 
 
 class Witness:

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -150,6 +151,35 @@ def test_a_process_that_is_stopped_is_lost_long_before_patience_ends() -> None:
     with mock.patch.object(lines, "_STOPPED_SECONDS", 0.3), member_elsewhere() as (hub, process):
         process.send_signal(signal.SIGSTOP)
         assert hub.lost(LONG) == [1]
+
+
+def test_one_that_was_stopped_and_goes_on_is_not_lost_when_it_is_busy_later() -> None:
+    hub = Hub(2, patience=1000)
+    hub._stopped[1] = 60.0  # asked when it had been silent for a minute
+    assert hub._is_lost(1, heard=0.0, now=61.0)
+    assert not hub._is_lost(1, heard=30.0, now=61.0)  # it ticked while its witness was asked
+    assert not hub._is_lost(1, heard=100.0, now=190.0)  # busy now, and nobody has said that it is stopped
+    hub._listener.close()
+
+
+def test_many_witnesses_that_do_not_answer_hold_nothing_up() -> None:
+    """As those of a host that has vanished: its processes are known by their connections meanwhile."""
+    never = threading.Event()
+    with (
+        mock.patch.object(lines, "_STOPPED_SECONDS", 0.1),
+        mock.patch.object(lines, "state_at", side_effect=lambda *_: never.wait(LONG)) as asked,
+        world(5) as (hub, members),
+    ):
+        hub.witnesses = dict.fromkeys(range(1, 5), 1)
+        for member in members[:3]:
+            member._say = lambda _: None  # type: ignore[method-assign]
+        wait_for(lambda: asked.call_count == 3)
+        members[3]._line.socket.shutdown(socket.SHUT_RDWR)
+        try:
+            assert hub.lost(LONG / 2) == [4]
+            assert asked.call_count == 3  # once each, until they answer
+        finally:
+            never.set()
 
 
 def test_one_whose_witness_is_stopped_too_is_lost() -> None:
