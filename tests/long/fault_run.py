@@ -192,7 +192,7 @@ def a_full_disk(trial: Trial) -> str:
         wait_until(lambda: any("error: " in c.printed for c in commands[2:]), commands[:2])
         began = time.monotonic()
         there = ends_of(commands[2:], began)
-        assert set(there.codes) == {2}
+        assert set(there.codes) == {2}, (there, [command.printed for command in commands[:2]])
         here = ends_of(commands[:2], began).check("rank 2 ", " on birch")
         said = next(line for text in there.printed for line in text.splitlines() if "error: " in line)
         return f"{here}; there: `{said.partition('error: ')[2]}`"
