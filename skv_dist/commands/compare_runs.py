@@ -1,8 +1,8 @@
 """``python -m skv_dist.commands.compare_runs RUN ...``: the loss of several runs by cache size, as table and plot."""
 
-import argparse
 from pathlib import Path
 
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.errors import UserError
 from skv_dist.evaluation.comparison import last_losses, plot_losses, retention_table
@@ -10,7 +10,7 @@ from skv_dist.evaluation.comparison import last_losses, plot_losses, retention_t
 
 @entry_point
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m skv_dist.commands.compare_runs", description=__doc__)
+    parser = ArgumentParser(prog="python -m skv_dist.commands.compare_runs", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     parser.add_argument("--out", type=Path, required=True, help="folder for retention.md and retention.png")
     arguments = parser.parse_args(argv)

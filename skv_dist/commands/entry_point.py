@@ -2,18 +2,15 @@
 
 import contextlib
 import functools
-import hashlib
-import json
 import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 from skv_dist.errors import UserError
+from skv_dist.parallel.processes.report import report_error, report_once
 
 REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143  # the last two as shells have them
 
@@ -42,7 +39,7 @@ def entry_point(main: Callable[[list[str]], int]) -> Callable[[], int]:
             return main(sys.argv[1:])
         except UserError as error:
             code = REFUSED
-            report_once(f"{os.path.basename(sys.argv[0])}: error: {error}")
+            report_error(error)
         except KeyboardInterrupt:
             code = INTERRUPTED
             report_once("interrupted")
@@ -70,26 +67,3 @@ def _clean_up_behind_sigterm() -> None:
 
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGTERM, terminate)
-
-
-def report_once(line: str) -> None:
-    """Print why this process ends. Under torchrun the first of a host to say so prints it, and all tell torchrun.
-
-    All processes of a host would print the same refusal. torchrun repeats in its summary what each process left in
-    its error file, whose folder it keeps as long as the processes live.
-    """
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    first = True
-    if error_file:
-        with contextlib.suppress(OSError):
-            extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
-            Path(error_file).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}))
-        mark = Path(error_file).parent.parent / f"said.{hashlib.sha256(line.encode()).hexdigest()[:16]}"
-        try:
-            mark.touch(exist_ok=False)
-        except FileExistsError:
-            first = False
-        except OSError:  # better twice than never
-            first = True
-    if first:
-        print(line, file=sys.stderr, flush=True)

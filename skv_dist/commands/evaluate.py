@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skv_dist.commands import maps
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
@@ -16,8 +17,8 @@ if TYPE_CHECKING:  # torch is imported once the configuration is known to be goo
     from skv_dist.parallel.processes.groups import World
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="skv-eval",
         description=__doc__,
         epilog="skv-eval questions CHECKPOINT FILE scores answers to questions (skv-eval questions --help)",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skv_dist.commands import maps
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.config.data import SourceConfig
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
@@ -15,8 +16,8 @@ if TYPE_CHECKING:  # torch is imported once the configuration is known to be goo
     from skv_dist.evaluation.questions import Question, Score
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="skv-eval questions",
         description=__doc__,
         epilog="example: skv-eval questions RUN/checkpoints/step_00000100 questions.jsonl --prompt-field "

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.data import SourceConfig
 from skv_dist.errors import UserError
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="skv-data", description=__doc__)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="skv-data", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     prepare = actions.add_parser(
         "prepare",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import INTERRUPTED, entry_point
 from skv_dist.config.load import load_config
 from skv_dist.config.run import Derived, RunConfig, derive
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # torch is imported once the configuration is known to be goo
 
 
 def parse(argv: list[str]) -> RunConfig:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="skv-train",
         usage="skv-train CONFIG.yaml [section.key=value ...]\n       skv-train --explain [section.key]",
         description="Train from one YAML file, under plain python, torchrun or deepspeed alike.",

@@ -54,9 +54,9 @@ class ParallelConfig(Section):
     """Whether gradients are reduced while the backward pass goes on. Needs zero_stage 2 or 3."""
 
     timeout_minutes: float = Field(default=30, gt=0)
-    """How long a process waits for the others before the run ends with an error. A process that has ended, or whose
-    host has vanished, is named within a minute; one that is stopped, and so gives no sign of life, after half of this
-    time."""
+    """How long a process waits for the others before the run ends with an error. A process that has ended, that is
+    stopped, or whose host has vanished, is named within a minute; one that gives no sign of life for another reason
+    after half of this time."""
 
     @model_validator(mode="after")
     def _supported(self) -> "ParallelConfig":

@@ -45,8 +45,12 @@ def making(out: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
-    with os.fdopen(descriptor, "w") as stream:
-        stream.write(f"{socket.gethostname()} {os.getpid()}\n")
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(f"{socket.gethostname()} {os.getpid()}\n")
+    except OSError as error:  # a full disk has room for a name and not for what is in the file
+        lock.unlink(missing_ok=True)
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
     done = threading.Event()
     threading.Thread(target=_touch, args=(lock, done), name="skv-lock", daemon=True).start()
     try:

@@ -57,8 +57,8 @@ class FolderLock:
     def _take(self) -> None:
         """Make the lock with its content at once; take over the one of a process that has ended."""
         own = self._file.with_name(f".{LOCK}.{self._token}")
-        write_synced(own, json.dumps({**_this_process(), "token": self._token}) + "\n")
         try:
+            write_synced(own, json.dumps({**_this_process(), "token": self._token}) + "\n")
             while not self._held:
                 try:
                     _link(own, self._file)
@@ -66,7 +66,7 @@ class FolderLock:
                 except FileExistsError:
                     self._remove_if_left_behind()
         finally:
-            own.unlink()
+            own.unlink(missing_ok=True)
 
     def _remove_if_left_behind(self) -> None:
         holder = _read(self._file)

@@ -1,6 +1,7 @@
 """How the commands end: by a refusal, by a signal, under torchrun."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -33,8 +34,6 @@ raise SystemExit(entry_point(main)())
 
 
 def started(body: str, argument: str, **environment: str) -> subprocess.Popen[str]:
-    import os
-
     command = [sys.executable, "-c", FRAME.format(body=body), argument]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
@@ -67,6 +66,38 @@ def test_a_refusal_is_printed_once_on_a_host_under_torchrun(tmp_path: Path) -> N
     assert codes == [2, 2, 2]
 
 
+def test_a_refusal_is_printed_once_on_a_host_under_deepspeed(tmp_path: Path) -> None:
+    """Whose processes have a launcher in common and nothing else; the next launcher clears up behind it."""
+    variables = {"CROSS_RANK": "1", "LOCAL_SIZE": "2", "TMPDIR": str(tmp_path)}
+    runs = [started(REFUSES, message, **variables) for message in ("no such file", "no such file", "another")]
+    printed = sorted(process.communicate()[1] for process in runs)
+    assert printed == ["", "skv-any: error: another\n", "skv-any: error: no such file\n"]
+    assert len(list(tmp_path.iterdir())) == 2
+    launcher = "import subprocess, sys; raise SystemExit(subprocess.call([sys.executable, '-c', *sys.argv[1:]]))"
+    for _ in range(2):
+        command = [sys.executable, "-c", launcher, FRAME.format(body=REFUSES), "no such file"]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+        assert done.stderr == "skv-any: error: no such file\n"
+    assert len(list(tmp_path.iterdir())) == 3  # of the launcher before the last one nothing is left
+
+
+WANTS_A_NUMBER = """
+def main(argv):
+    from skv_dist.commands.arguments import ArgumentParser
+    parser = ArgumentParser(prog="skv-any")
+    parser.add_argument("--number", type=int)
+    parser.parse_args(["--number", *argv])
+"""
+
+
+def test_a_wrong_argument_is_told_once_on_a_host(tmp_path: Path) -> None:
+    runs = [started(WANTS_A_NUMBER, "x", CROSS_RANK="0", LOCAL_SIZE="2", TMPDIR=str(tmp_path)) for _ in range(2)]
+    printed = sorted(process.communicate()[1] for process in runs)
+    line = "usage: skv-any [-h] [--number NUMBER]\nskv-any: error: argument --number: invalid int value: 'x'\n"
+    assert printed == ["", line]
+    assert [process.returncode for process in runs] == [2, 2]
+
+
 def test_a_refusal_is_never_lost(tmp_path: Path) -> None:
     process = started(REFUSES, "no", TORCHELASTIC_ERROR_FILE=str(tmp_path / "gone" / "0" / "error.json"))
     assert process.communicate()[1] == "skv-any: error: no\n"
@@ -75,12 +106,11 @@ def test_a_refusal_is_never_lost(tmp_path: Path) -> None:
 
 def told_to_torchrun(folder: str) -> tuple[str, int]:
     """torchrun's summary, made of the error file, and the time by which it finds the first failure."""
-    import os
     from unittest import mock
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-    from skv_dist.commands.entry_point import report_once
+    from skv_dist.parallel.processes.report import report_once
 
     file = f"{folder}/0/error.json"
     os.makedirs(os.path.dirname(file))

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -159,3 +160,20 @@ def test_two_commands_do_not_make_one_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"out is being made by process 12 on elsewhere: wait for it, or remove .*lock"):
         prepare([_source(tmp_path / "raw")], ByteTokenizer(), tmp_path / "out", progress=False)
     assert (tmp_path / ".out.lock").exists()
+
+
+def test_a_disk_that_is_full_refuses_and_leaves_no_lock(tmp_path: Path) -> None:
+    """It may have room for the name of the lock, and none for what is in it."""
+    opened = os.open
+
+    def full(path: Path, flags: int) -> int:
+        os.close(opened(path, flags))
+        return opened("/dev/full", os.O_WRONLY)
+
+    with (
+        mock.patch.object(os, "open", full),
+        pytest.raises(UserError, match=r"cannot write .*/set: No space left on device"),
+        making.making(tmp_path / "set"),
+    ):
+        raise AssertionError("the lock was taken")
+    assert list(tmp_path.iterdir()) == []

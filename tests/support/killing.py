@@ -58,12 +58,14 @@ def killed_run(
     steps_per_kill: int,
     processes: int = 1,
     seed: int = 0,
+    begin: Callable[..., list[Command]] = start,
     **sections: dict[str, Any],
 ) -> Counter[str]:
     """Counts of what happened.
 
     Args:
         kill: waits, and kills at least one process of the run.
+        begin: starts the processes, as `tests.support.runs.start`.
         sections: of the configuration.
 
     Raises:
@@ -76,14 +78,14 @@ def killed_run(
         changed["train"] = {"steps": steps, "tensorboard": False, **sections.get("train", {})}
         return run_settings(text, folder / name, **{"eval": {"every": 0}, **changed})
 
-    _finish(start(folder / "whole.yaml", given("whole"), processes))
+    _finish(begin(folder / "whole.yaml", given("whole"), processes))
     out = folder / "killed"
     root = out / "checkpoints"
     chance = random.Random(seed)
     seen: Counter[str] = Counter()
     for _ in range(kills):
-        commands, how = kill(partial(start, folder / "killed.yaml", given("killed"), processes), chance, root)
-        seen[how] += 1
+        commands, how = kill(partial(begin, folder / "killed.yaml", given("killed"), processes), chance, root)
+        seen.update(how.split("; "))
         for command in commands:
             command.send_signal(signal.SIGKILL)
         seen["killed while running"] += all(command.wait() for command in commands)
@@ -92,7 +94,7 @@ def killed_run(
         assert "is damaged" not in commands[0].printed, commands[0].printed
         for checkpoint in files.existing(root):
             files.verify(checkpoint)  # what is visible is whole
-    last = _finish(start(folder / "killed.yaml", given("killed"), processes))
+    last = _finish(begin(folder / "killed.yaml", given("killed"), processes))
     assert "resumed from" in last, (seen, last)
 
     assert [line["step"] for line in lines_of(out)] == list(range(1, steps + 1))

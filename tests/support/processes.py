@@ -72,7 +72,8 @@ def places(rank: int, size: int, port: int) -> dict[str, str]:
 class Command:
     """``python -m module arguments``, or ``python script arguments``, in a process of its own.
 
-    Its output goes to a file, that of stderr to another where one is given. ``first`` is called before anything else.
+    Its output goes to a file, that of stderr to another where one is given. ``first`` is called before anything else;
+    ``enter`` before that, while the process has one thread, as who goes to another host needs it.
     """
 
     def __init__(
@@ -83,12 +84,13 @@ class Command:
         output: Path,
         errors: Path | None = None,
         first: Callable[[], None] | None = None,
+        enter: Callable[[], None] | None = None,
     ) -> None:
         self._output = output
         files = [str(output), str(errors or output)]
         for file in files:
             Path(file).write_text("")
-        self._process = fork(_run, module, list(arguments), dict(environment), files, first, daemon=False)
+        self._process = fork(_run, module, list(arguments), dict(environment), files, first, enter, daemon=False)
 
     @property
     def printed(self) -> str:
@@ -116,11 +118,15 @@ def _run(
     environment: dict[str, str],
     files: list[str],
     first: Callable[[], None] | None,
+    enter: Callable[[], None] | None,
 ) -> None:
+    descriptors = [os.open(file, os.O_WRONLY | os.O_APPEND) for file in files]  # they lie on the tests' host
+    if enter is not None:
+        enter()
     threading.Thread(target=_end_with_the_tests, daemon=True).start()
     os.environ.update(environment)
-    for number, file in enumerate(files, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    for number, descriptor in enumerate(descriptors, start=1):
+        os.dup2(descriptor, number)
     sys.argv = [module, *arguments]
     if first is not None:
         first()

@@ -1,13 +1,14 @@
 """Texts to train on, whole runs as processes, and what comes out of them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from tests.support.hosts import Host, entering
 from tests.support.processes import Command, free_port, places
 
 TRAIN, EVALUATE = "skv_dist.commands.train", "skv_dist.commands.evaluate"
@@ -34,6 +35,34 @@ def start(
             places(rank, processes, port),
             file.with_suffix(f".{rank}.log"),
             first=(first or {}).get(rank),
+        )
+        for rank in range(processes)
+    ]
+
+
+def start_across(
+    hosts: Sequence[Host],
+    file: Path,
+    given: dict[str, Any],
+    processes: int = 1,
+    first: Mapping[int, Callable[[], None]] | None = None,
+) -> list[Command]:
+    """As `start`, with the processes spread evenly over ``hosts``, neighbours together."""
+    file.write_text(yaml.safe_dump(given))
+    each = processes // len(hosts)
+    port = free_port()
+    return [
+        Command(
+            TRAIN,
+            [str(file)],
+            {
+                **places(rank, processes, port),
+                "LOCAL_RANK": str(rank % each),
+                "MASTER_ADDR": hosts[0].address,
+            },
+            file.with_suffix(f".{rank}.log"),
+            first=(first or {}).get(rank),
+            enter=entering(hosts[rank // each]),
         )
         for rank in range(processes)
     ]

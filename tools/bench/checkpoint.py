@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.load import load_config
 from skv_dist.config.run import derive
@@ -99,9 +100,7 @@ def _read_plainly(file: Path, chunk_bytes: int) -> None:
 
 @entry_point
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bench.checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(prog="bench.checkpoint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--dir", type=Path, required=True, help="folder to create and remove, on the disk to measure")

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.load import load_config
 from skv_dist.config.run import RunConfig, derive
@@ -44,9 +45,7 @@ def _batches(run: RunConfig, world: Any, count: int) -> list[Any]:
 
 @entry_point
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="bench.pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = ArgumentParser(prog="bench.pipeline", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each run, taking turns (default: 15)")

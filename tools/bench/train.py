@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.run import RunConfig, derive
 from skv_dist.data.packing import Sample
@@ -146,7 +147,7 @@ def _measure(engine: Engine, run: RunConfig, world: World, warmup: int, profile:
 
 @entry_point
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="bench.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b")

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from skv_dist.checkpoint import folder as files
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.errors import UserError
 
@@ -36,8 +37,8 @@ def _prune(arguments: argparse.Namespace) -> None:
         print(f"deleted {folder}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="skv-checkpoint", description=__doc__)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="skv-checkpoint", description=__doc__)
     actions = parser.add_subparsers(required=True)
 
     inspect = actions.add_parser("inspect", help="step, layout, size and tensors of a checkpoint")

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.errors import UserError
 
@@ -98,8 +99,8 @@ def _to_onnx(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="skv-convert", description=__doc__)
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="skv-convert", description=__doc__)
     actions = parser.add_subparsers(required=True)
 
     start = actions.add_parser("from-hf", help="Llama, Qwen3 or Mistral folder -> checkpoint for checkpoint.init_from")
@@ -139,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_text(parser: argparse.ArgumentParser) -> None:
+def _add_text(parser: ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, help="file whose beginning is compared on (default: a few sentences)")
     parser.add_argument("--tokens", type=int, default=64, help="length of the text compared on (default: 64)")
 

@@ -6,11 +6,11 @@ waits for the lost peer, nothing fails at all. Every process therefore watches t
 """
 
 import contextlib
+import itertools
 import os
-import sys
+import socket
 import threading
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ import torch.distributed as dist
 from skv_dist.config.parallel import ParallelConfig
 from skv_dist.errors import UserError, cause_in_one_line
 from skv_dist.parallel.processes.lines import Hub, Member, Watch
+from skv_dist.parallel.processes.report import report_error
+from skv_dist.parallel.processes.witness import Witness
 
 _NEWS_SECONDS = 5.0  # for news of a loss to arrive, once a transfer has failed
 _GRACE_SECONDS = 20.0  # for the main thread to end by itself, with an error of its own, once a loss is known
@@ -32,29 +34,38 @@ def place_of(rank: int, parallel: ParallelConfig, world_size: int) -> str:
 
 
 class Heartbeat:
-    """Watches the other processes, from construction until `stop`. Process groups must exist."""
+    """Watches the other processes, from construction until `stop`. Process groups must exist. Collective."""
 
     def __init__(self, parallel: ParallelConfig) -> None:
         self._rank, self._size, self._parallel = dist.get_rank(), dist.get_world_size(), parallel
         self._stopped = threading.Event()
+        self._hosts = [socket.gethostname()]
         self.watch: Watch | None = None
+        self._witness: Witness | None = None
         if self._size > 1:
             self.watch = self._connect(patience=30 * parallel.timeout_minutes)
             self.watch.start()
             threading.Thread(target=self._end_if_lost, name="skv-heartbeat", daemon=True).start()
 
     def _connect(self, patience: float) -> Watch:
+        self._witness = Witness()
+        # Rank 0 listens before the others hear of its port.
         hub = Hub(self._size, patience) if self._rank == 0 else None
-        port: list[int | None] = [hub.port if hub else None]
-        dist.broadcast_object_list(port)
+        found = (self._hosts[0], self._witness.port, hub.port if hub else None)
+        of_all: list[tuple[str, int | None, int | None]] = [found] * self._size
+        dist.all_gather_object(of_all, found)
+        self._hosts = [host for host, _, _ in of_all]
+        witnesses = {rank: port for rank, (_, port, _) in enumerate(of_all) if port is not None}
         if hub:
+            hub.witnesses = witnesses
             return hub
-        address = os.environ["MASTER_ADDR"]  # of rank 0's host, by which all have met
+        address, port = os.environ["MASTER_ADDR"], of_all[0][2]  # the host of rank 0, by which all have met
+        assert port is not None
         try:
-            return Member(self._rank, address, cast(int, port[0]), patience)
+            return Member(self._rank, address, port, patience, witnesses)
         except OSError as error:
             raise UserError(
-                f"rank {self._rank} cannot connect to rank 0 at {address}, port {port[0]} "
+                f"rank {self._rank} on {self._hosts[self._rank]} cannot connect to rank 0 at {address}, port {port} "
                 f"({cause_in_one_line(error)}): let the hosts of a run reach each other on all ports"
             ) from error
 
@@ -62,12 +73,16 @@ class Heartbeat:
         assert self.watch is not None
         lost = self.watch.lost()
         if lost and not self._stopped.wait(_GRACE_SECONDS):
-            print(f"error: {self.message(lost)}", file=sys.stderr, flush=True)
+            report_error(self.message(lost))
             os._exit(2)
 
     def message(self, lost: list[int]) -> str:
-        places = ", ".join(place_of(rank, self._parallel, self._size) for rank in lost)
-        return f"rank {self._rank} ends: contact was lost with {places}; look at its output and start the run again"
+        """The same on all processes, so that one of each host need say it."""
+        places = []
+        for host, ranks in itertools.groupby(lost, lambda rank: self._hosts[rank]):
+            of_host = [place_of(rank, self._parallel, self._size) for rank in ranks]
+            places.append(f"{', '.join(of_host)} on {host}")
+        return f"contact was lost with {'; '.join(places)}; look at the output there and start the run again"
 
     def lost(self) -> list[int]:
         """Ranks that were lost; empty where none is known to be."""
@@ -78,6 +93,8 @@ class Heartbeat:
         self._stopped.set()
         if self.watch:
             self.watch.close(failed)
+        if self._witness:
+            self._witness.stop()
 
 
 @contextlib.contextmanager

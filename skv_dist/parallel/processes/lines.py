@@ -2,8 +2,9 @@
 
 The kernel keeps a connection, and ends it with its process, whatever the process is busy with: one that computes for
 minutes without letting a thread run is not taken for lost, and one that was killed is known at once. A host that
-vanishes is known by the kernel's keep-alive packets. For a process that is stopped, whose connection stands, both
-ends also send a tick now and then.
+vanishes is known by the kernel's keep-alive packets. A process that is stopped (SIGSTOP) keeps its connection, and is
+as silent as one that is busy: both ends send a tick now and then, and the witness of one that sends none
+(`skv_dist.parallel.processes.witness`) is asked which of the two it is.
 """
 
 import contextlib
@@ -12,12 +13,18 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import cast
 
+from skv_dist.parallel.processes.witness import STOPPED, state_at
+
 TICK_SECONDS = 10.0
+_STOPPED_SECONDS = 45.0  # of silence, after which a process that is stopped is lost, as a host that vanished
 _COLLECT_SECONDS = 1.0  # those that are lost within this time of the first, as the processes of one host, are one loss
 # A peer that answers no packet for so long is gone: asked first after IDLE, then COUNT times.
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 45_000}
+_NO_WITNESSES: Mapping[int, int] = MappingProxyType({})
 _TICK, _ENDED, _FAILED, _LOST = "tick", "ended", "failed", "lost"
 
 
@@ -49,14 +56,18 @@ class Watch:
     """One process's view of the others, kept by a thread from `start` to `close`.
 
     Args:
-        patience: seconds after which a process that is silent, though its connection stands, is taken for lost.
+        patience: seconds after which a process that is silent, though its connection stands, is taken for lost, also
+            where no witness says that it is stopped.
+        witnesses: the port of each rank's witness; ranks that have none are missing.
     """
 
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
+    def __init__(self, patience: float, witnesses: Mapping[int, int]) -> None:
+        self._patience, self.witnesses = patience, witnesses
         self._tick_seconds = min(TICK_SECONDS, patience / 5)
         self._lost: list[int] = []
         self._settled = threading.Event()
+        self._asked: set[int] = set()  # ranks whose witness has not answered yet
+        self._stopped: dict[int, float] = {}  # ranks whose witness said so, and when it was asked
         self._closed = False
         self._bell, self._ring = socket.socketpair()
         self._selector = selectors.DefaultSelector()
@@ -86,10 +97,11 @@ class Watch:
                     self._read(key)
             now = time.monotonic()
             # A thread that could not run for a while has not read what had come, and must not judge.
-            self._judge(now, slept=now - looked > self._patience / 2)
+            self._judge(now, slept=now - looked > min(self._patience, _STOPPED_SECONDS) / 2)
             if now - ticked > self._tick_seconds:
                 ticked = now
                 self._say(_TICK)
+                self._ask(now)
             looked = time.monotonic()
         for key in list(self._selector.get_map().values()):
             cast(socket.socket, key.fileobj).close()
@@ -109,12 +121,38 @@ class Watch:
     def _say(self, text: str) -> None:
         raise NotImplementedError
 
+    def _ask(self, now: float) -> None:
+        """Ask the witness of whoever was silent for long. Called once a tick."""
+        raise NotImplementedError
+
+    def _ask_about(self, rank: int, line: _Line) -> None:
+        """In a thread of its own: where a host has vanished, each of its witnesses takes long not to answer."""
+        with contextlib.suppress(OSError):  # the connection has just ended
+            address, port = line.socket.getpeername()[0], self.witnesses.get(rank)
+            if port is not None and rank not in self._asked:
+                self._asked.add(rank)
+                threading.Thread(target=self._hear_witness, args=(rank, address, port), daemon=True).start()
+
+    def _hear_witness(self, rank: int, address: str, port: int) -> None:
+        asked = time.monotonic()
+        if state_at(address, port) == STOPPED:
+            self._stopped[rank] = asked
+        self._asked.discard(rank)
+
+    def _is_lost(self, rank: int, heard: float, now: float) -> bool:
+        """Whether who was heard last at ``heard`` is lost.
+
+        An answer of its witness counts for the silence in which it was asked: a process that was stopped, ticked again
+        and is busy now is not lost.
+        """
+        return now - heard > self._patience or self._stopped.get(rank, heard) - heard > _STOPPED_SECONDS
+
 
 class Hub(Watch):
     """The view of rank 0, to which all others are connected: it judges, and tells them."""
 
-    def __init__(self, size: int, patience: float) -> None:
-        super().__init__(patience)
+    def __init__(self, size: int, patience: float, witnesses: Mapping[int, int] = _NO_WITNESSES) -> None:
+        super().__init__(patience, witnesses)
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         self._listener = socket.create_server(("", 0), family=family, backlog=size, dualstack_ipv6=dual)
@@ -159,7 +197,7 @@ class Hub(Watch):
         if slept:
             self._heard = dict.fromkeys(self._heard, now)
         for rank, heard in self._heard.items():
-            if now - heard > self._patience:
+            if self._is_lost(rank, heard, now):
                 self._missing.setdefault(rank, now)
         first = min(self._missing.values(), default=math.inf)
         if not self._settled.is_set() and now - first > _COLLECT_SECONDS:
@@ -172,12 +210,19 @@ class Hub(Watch):
             with contextlib.suppress(OSError):  # the thread that reads will notice
                 line.write(text)
 
+    def _ask(self, now: float) -> None:
+        for rank, heard in self._heard.items():
+            if rank in self._lines and now - heard > _STOPPED_SECONDS:
+                self._ask_about(rank, self._lines[rank])
+
 
 class Member(Watch):
     """The view of any other rank: it sees rank 0, and hears from it of the rest."""
 
-    def __init__(self, rank: int, address: str, port: int, patience: float) -> None:
-        super().__init__(patience)
+    def __init__(
+        self, rank: int, address: str, port: int, patience: float, witnesses: Mapping[int, int] = _NO_WITNESSES
+    ) -> None:
+        super().__init__(patience, witnesses)
         self._line = _Line(socket.create_connection((address, port), timeout=60))
         self._selector.register(self._line.socket, selectors.EVENT_READ)
         self._line.write(f"rank {rank}")
@@ -201,9 +246,13 @@ class Member(Watch):
     def _judge(self, now: float, slept: bool) -> None:
         if slept:
             self._heard = now
-        if now - self._heard > self._patience:
+        if self._is_lost(0, self._heard, now):
             self._settle([0])
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(OSError):
             self._line.write(text)
+
+    def _ask(self, now: float) -> None:
+        if now - self._heard > _STOPPED_SECONDS:
+            self._ask_about(0, self._line)
