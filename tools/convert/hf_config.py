@@ -186,3 +186,19 @@ def map_of(config: dict[str, Any]) -> Map:
     layers = int(config["num_hidden_layers"])
     owners = layers - int(config.get("num_kv_shared_layers", 0))
     return tuple(config.get("kv_source_layers") or (min(layer, owners - 1) for layer in range(layers)))
+
+
+def shape_of(config: dict[str, Any]) -> ModelConfig:
+    """The shape of an exported model that runs code of ours: what decides on the size of its cache."""
+    return ModelConfig.model_validate(
+        {
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "ffn_hidden_size": config["intermediate_size"],
+            "num_attention_heads": config["num_attention_heads"],
+            "num_kv_heads": config["num_key_value_heads"],
+            "head_dim": config["head_dim"],
+            "vocab_size": config["vocab_size"],
+            "qk_norm": config["qk_norm"],
+        }
+    )
