@@ -7,8 +7,8 @@ import numpy as np
 
 from .blocks import Map
 
-# Largest differences of a log-probability. Where both sides compute in float64, a right export of a real model (30
-# layers, activations in the thousands) differs by 2e-12, and in float32 by up to 1e-3, in which small errors would hide.
+# Largest differences of a log-probability. A right export of a real model (30 layers, activations in the thousands)
+# differs by 2e-12 where both sides compute in float64, and by up to 1e-3 in float32, in which small errors would hide.
 FLOAT64_LIMIT, FLOAT32_LIMIT = 1e-7, 1e-4
 
 

@@ -63,10 +63,12 @@ def _run(
                 chunk.tied_weight = _read(checkpoint, "embedding.weight", stored).to(tokens.device, dtype)
             for case in hidden:
                 if case[1] is dtype:
-                    hidden[case], live[case] = chunk(
-                        RoutePlan(case[0]), tokens, hidden=hidden[case], live=live[case]
-                    )
-    return {case: torch.log_softmax(logits.double(), -1).cpu().numpy() for case, logits in hidden.items() if logits is not None}
+                    hidden[case], live[case] = chunk(RoutePlan(case[0]), tokens, hidden=hidden[case], live=live[case])
+    return {
+        case: torch.log_softmax(logits.double(), -1).cpu().numpy()
+        for case, logits in hidden.items()
+        if logits is not None
+    }
 
 
 def _chunk(checkpoint: Path, run: RunConfig, layer: int, stored: torch.dtype) -> RoutedChunk:

@@ -45,6 +45,14 @@ def run_engine(engine: str, python: str, folder: Path, tokens: Path, out: Path, 
         return dict(arrays)
 
 
+def require(python: str, module: str, cure: str) -> None:
+    """Raises UserError where the interpreter ``python`` cannot import ``module``, with the ``cure``."""
+    try:
+        run_command([python, "-c", f"import {module}"])
+    except CommandError as error:
+        raise UserError(f"{python} cannot import {module} ({error}): {cure}") from error
+
+
 def run_command(command: Sequence[str], **environment: str) -> str:
     """What it prints to standard output.
 
