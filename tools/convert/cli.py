@@ -69,7 +69,9 @@ def _to_hf(arguments: argparse.Namespace) -> int:
             say(f"{arguments.out}: comparing with {checkpoint} in transformers")
             again = f"skv-convert verify {checkpoint} {{}}"
             try:
-                findings = verify(checkpoint, folder, "transformers", text=text, max_tokens=arguments.tokens)
+                findings = verify(
+                    checkpoint, folder, "transformers", text=text, max_tokens=arguments.tokens, asked=sources
+                )
             except (UserError, MemoryError) as error:
                 raise keep(folder, arguments.out, f"it could not be compared: {error}", [], again) from error
             print(table(findings))

@@ -97,6 +97,8 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"config.json: {field} is missing")
         if isinstance(config[field], bool) or not isinstance(config[field], int | float):
             _refuse(config, field, "a number")
+        if config[field] <= 0:
+            _refuse(config, field, "a number above 0")
     given = {field: config[field] for field in (*_NEEDED, *_DEFAULTED) if field in config}
     try:
         defaults = CONFIG_MAPPING[model_type](**given).to_dict()

@@ -55,6 +55,7 @@ def _run(
     hidden: dict[Case, torch.Tensor | None] = dict.fromkeys(cases)
     live: dict[Case, LiveKV] = {case: {} for case in hidden}
     for layer in range(run.model.num_layers):
+        chunk = None  # the layer before goes first
         chunk = _chunk(checkpoint, run, layer, stored)
         chunk._rotary_table = rotary
         for dtype in dict.fromkeys(dtype for _, dtype in hidden):

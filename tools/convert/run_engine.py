@@ -1,6 +1,7 @@
 """Running an exported folder in an inference engine, with that engine's own Python."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,10 @@ def run_command(command: Sequence[str], **environment: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     except OSError as error:
         raise UserError(f"{command[0]} cannot be run: {error.strerror}") from error
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        cause = ": the system may be out of memory" if name == "SIGKILL" else ""
+        raise CommandError(f"it was ended by {name}{cause}", done.stdout + done.stderr)
     if done.returncode:
         raise CommandError(_last_error(done.stderr), done.stdout + done.stderr)
     return done.stdout

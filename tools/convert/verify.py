@@ -31,6 +31,7 @@ def verify(
     python: str = sys.executable,
     text: str = TEXT,
     max_tokens: int = 64,
+    asked: Map | None = None,
 ) -> list[Finding]:
     """Compare an exported folder with its checkpoint; one finding for each map that is tried.
 
@@ -42,13 +43,16 @@ def verify(
         engine: one of `run_engine.ENGINES`.
         python: the interpreter that has the engine.
         max_tokens: the text is cut to so many tokens.
+        asked: the map that the folder was to have; None: the one that it says it has.
 
     Raises:
         UserError: a folder cannot be read, or the engine fails.
     """
     config = read_json(exported / "config.json")
     _check_code(exported, config)
-    maps = _maps_to_try(config, engine)
+    own, maps = map_of(config), _maps_to_try(config, engine)
+    if asked is not None:
+        maps = list(dict.fromkeys([asked, *(sources for sources in maps if sources != own)]))
     wrong_map = {sources: _another(sources) for sources in maps}
     tokens = comparison_tokens(exported, text, max_tokens)
     cases = [(sources, torch.float64) for sources in dict.fromkeys([*maps, *wrong_map.values()])]
@@ -68,7 +72,7 @@ def verify(
         unshared = _unshared_bytes(config_of(checkpoint).model, work, engine, python, config["dtype"])
         findings = []
         for sources in maps:
-            options = [] if sources == map_of(config) else ["--kv-source-layers", *map(str, sources)]
+            options = [] if sources in (own, asked) else ["--kv-source-layers", *map(str, sources)]
             measured = run_engine(engine, python, exported, work / "tokens.npy", work / "measured.npz", *options)
             right, other = expected[sources, torch.float64], wrong_map[sources]
             wrong = None if other == sources else expected[other, torch.float64]  # a model of one layer has no other
