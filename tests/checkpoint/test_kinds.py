@@ -30,7 +30,7 @@ def test_of_a_run_the_newest_is_meant(tmp_path: Path) -> None:
     assert checkpoint_at(old) == old
     with pytest.raises(UserError, match=r"step_00000009 does not exist; .* holds step_00000012, step_00000008"):
         checkpoint_at(files.folder_of(run / "checkpoints", 9))
-    with pytest.raises(UserError, match="it is the folder of a run; name one of them, such as the newest, .*12"):
+    with pytest.raises(UserError, match=r"it is the folder of a run; name one of them, such as the newest, .*12"):
         refuse_other_kinds(run)
 
 

@@ -129,7 +129,6 @@ def _random_checkpoint(work: Path) -> Path:
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     model.save_pretrained(work / "hf")
-    (work / "checkpoint").mkdir()
     from_hf(work / "hf", work / "checkpoint", "byte")
     return work / "checkpoint"
 

@@ -13,13 +13,13 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 
     from .failed import check_or_keep, keep
     from .findings import table
-    from .from_hf import MODEL_FILE, from_hf
+    from .from_hf import MODEL_FILE, write_start
     from .progress import say
     from .reference import TEXT
     from .verify import verify_start
 
     with new_folder(arguments.out) as folder:
-        start = from_hf(arguments.folder, folder, arguments.tokenizer, str(arguments.out))
+        start = write_start(arguments.folder, folder, arguments.tokenizer, arguments.out)
         for note in start.notes:
             say(f"{arguments.folder}: {note}")
         if not arguments.no_verify:

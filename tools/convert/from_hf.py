@@ -21,6 +21,7 @@ from skv_dist.config.model import ModelConfig
 from skv_dist.config.run import RunConfig
 from skv_dist.data.tokenizer import Tokenizer, load_tokenizer
 from skv_dist.errors import UserError
+from skv_dist.files import new_folder
 
 from ..vocabulary import vocab_size
 from .hf_config import complete, model_section
@@ -53,7 +54,7 @@ class _Lazy(Shards):
 
 
 class Start(NamedTuple):
-    """What `from_hf` wrote.
+    """What `write_start` wrote.
 
     Attributes:
         notes: what it decided where the folder says two things.
@@ -64,14 +65,24 @@ class Start(NamedTuple):
     tokenizer: Tokenizer
 
 
-def from_hf(source: Path, out: Path, tokenizer_name: str | None, name: str | None = None) -> Start:
-    """Write the folder ``out``, which must be there.
+def from_hf(source: Path, out: Path, tokenizer_name: str | None) -> int:
+    """Make the folder ``out`` with `write_start`, and nothing where that fails; the number of parameters.
+
+    Raises:
+        UserError: what cannot be represented, read or written.
+    """
+    with new_folder(out) as folder:
+        return write_start(source, folder, tokenizer_name, out).num_parameters
+
+
+def write_start(source: Path, out: Path, tokenizer_name: str | None, name: Path) -> Start:
+    """Write into the folder ``out``.
 
     ``out`` then holds the weights, the tokenizer, ``origin.json``, ``config.yaml`` (a whole run configuration to
     change) and ``model.yaml`` (what a run configuration names as its ``base``). One tensor is in memory at a time.
 
     Args:
-        name: where ``out`` will be in the end, if it is written under another name.
+        name: what ``out`` will be called.
 
     Raises:
         UserError: what cannot be represented, or read.
@@ -88,11 +99,11 @@ def from_hf(source: Path, out: Path, tokenizer_name: str | None, name: str | Non
         )
     model = ModelConfig.model_validate(section)
     tokenizer = _tokenizer(tokenizer_name or str(source.absolute()), vocab_size(model), tokenizer_name is not None)
-    progress = Progress(f"{name or out}", _num_bytes(model))
+    progress = Progress(str(name), _num_bytes(model))
     tensors = {f"model.{entry.ours}": _tensor(folder, entry, model, progress) for entry in entries(model)}
     _refuse_unknown_tensors(folder, model)
     travelling = {**travelling_files(tokenizer), **_origin_file(source, config, tokenizer, tokenizer_name)}
-    path = str(Path(name or out).absolute() / TOKENIZER) if tokenizer.files() else tokenizer.name
+    path = str(name.absolute() / TOKENIZER) if tokenizer.files() else tokenizer.name
     run = _starting_point(section, path, precision="bf16" if folder.main_dtype() == "BF16" else "fp32")
     base = {"model": section, "data": {"tokenizer": path}}
     (out / MODEL_FILE).write_text(yaml.safe_dump(base, sort_keys=False))

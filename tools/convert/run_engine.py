@@ -1,8 +1,10 @@
 """Running an exported folder in an inference engine, with that engine's own Python."""
 
+import importlib.util
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,10 @@ def run_engine(engine: str, python: str, folder: Path, tokens: Path, out: Path, 
 
 def require(python: str, module: str, cure: str) -> None:
     """Raises UserError where the interpreter ``python`` cannot import ``module``, with the ``cure``."""
+    if python == sys.executable:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"{python} has no module {module}: {cure}")
+        return
     try:
         run_command([python, "-c", f"import {module}"])
     except CommandError as error:

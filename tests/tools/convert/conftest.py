@@ -33,6 +33,5 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from skv_tools.convert.from_hf import from_hf
 
     folder = tmp_path_factory.mktemp("qwen3")
-    (folder / "ours").mkdir()
     from_hf(save(make("qwen3"), folder / "hf"), folder / "ours", "byte")
     return folder / "ours"

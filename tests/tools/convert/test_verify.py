@@ -28,7 +28,6 @@ Weights = dict[str, torch.Tensor]
 def outliers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with a few very large activations, as trained models have them, converted to ours."""
     folder = tmp_path_factory.mktemp("outliers")
-    (folder / "ours").mkdir()
     from_hf(save(make_with_outliers(), folder / "hf"), folder / "ours", "byte")
     return folder / "ours"
 
