@@ -32,7 +32,10 @@ def refuse_other_kinds(path: Path) -> None:
     """
     if not path.is_dir():
         raise UserError(_not_there(path))
-    names = {entry.name for entry in path.iterdir()}
+    try:
+        names = {entry.name for entry in path.iterdir()}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if names & {files.MANIFEST, files.STATE, ".metadata"}:
         return
     raise UserError(f"{path} is no checkpoint: {_kind(path, names)}")

@@ -21,6 +21,7 @@ from skv_dist.parallel.tensor_split import split_of
 from skv_dist.routing import RoutePlan
 
 from .blocks import Map
+from .progress import Progress
 
 LogProbs = npt.NDArray[np.float64]
 Case = tuple[Map, torch.dtype]  # what is computed, and in what
@@ -54,6 +55,7 @@ def _run(
     rotary = rotary_table(inverse_frequencies(run.model), tokens.shape[1], torch.float32).to(tokens.device)
     hidden: dict[Case, torch.Tensor | None] = dict.fromkeys(cases)
     live: dict[Case, LiveKV] = {case: {} for case in hidden}
+    progress = Progress(f"{checkpoint}: run to compare", run.model.num_layers, "layers")
     for layer in range(run.model.num_layers):
         chunk = None  # the layer before goes first
         chunk = _chunk(checkpoint, run, layer, stored)
@@ -65,6 +67,7 @@ def _run(
             for case in hidden:
                 if case[1] is dtype:
                     hidden[case], live[case] = chunk(RoutePlan(case[0]), tokens, hidden=hidden[case], live=live[case])
+        progress.add(1)
     return {
         case: torch.log_softmax(logits.double(), -1).cpu().numpy()
         for case, logits in hidden.items()

@@ -11,20 +11,21 @@ class Progress:
 
     Args:
         what: that is being written.
-        total: bytes.
+        total: bytes, or so many of ``unit``.
     """
 
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
+    def __init__(self, what: str, total: int, unit: str = "GiB") -> None:
+        self._what, self._unit, self._done = what, unit, 0.0
+        self._size = 2**30 if unit == "GiB" else 1
+        self._total = total / self._size
         self._last = time.monotonic()
 
-    def add(self, num_bytes: int) -> None:
-        self._done += num_bytes
+    def add(self, amount: int) -> None:
+        self._done += amount / self._size
         now = time.monotonic()
         if now - self._last >= _SECONDS:
             self._last = now
-            part = f"{self._done / 2**30:,.1f} of {self._total / 2**30:,.1f} GiB"
-            say(f"{self._what}: {part}")
+            say(f"{self._what}: {self._done:,.3g} of {self._total:,.3g} {self._unit}")
 
 
 def say(line: str) -> None:
