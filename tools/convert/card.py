@@ -61,8 +61,9 @@ def model_card(
 def _front_matter(origin: dict[str, Any]) -> list[str]:
     """What the hub reads of a card."""
     known = {key: origin[key] for key in ("base_model", "license") if key in origin}
-    fields = {"library_name": "transformers", "pipeline_tag": "text-generation", **known}
-    head = yaml.safe_dump({**fields, "tags": ["kv-cache-sharing", "skv-dist"]}, sort_keys=False)
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", **known}
+    fields["tags"] = ["kv-cache-sharing", "skv-dist"]
+    head = yaml.safe_dump(fields, sort_keys=False)
     return ["---", *head.splitlines(), "---"]
 
 

@@ -90,8 +90,8 @@ def write_folder(checkpoint: Path, out: Path, export: Export, name: str | None =
     architecture = _architecture_fields(model, export)
     _check_complete(checkpoint, model)
     tokenizer = tokenizer_of(checkpoint, run.data.tokenizer)
-    special = {key: value for key, value in save_tokenizer(tokenizer, out).items() if value is not None}
-    generation = {**special, **generation_settings(origin_of(checkpoint), tokenizer)}
+    tokens = {key: value for key, value in save_tokenizer(tokenizer, out).items() if value is not None}
+    generation = {**tokens, **generation_settings(origin_of(checkpoint), tokenizer)}
     special = {key: generation.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = {**hf_config(model, dtype, special), **architecture}
     _write_json(out / "config.json", config)

@@ -100,7 +100,7 @@ def main() -> None:
     stored = model.lm_head.weight.dtype
     with torch.inference_mode(), StayWide():
         handles = compute_in(model, getattr(torch, arguments.dtype))
-        results = log_probs(model, tokens)
+        results: dict[str, Any] = dict(log_probs(model, tokens))
         for handle in handles:
             handle.remove()
         cache = DynamicCache(config=model.config)
