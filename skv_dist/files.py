@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from skv_dist.errors import UserError
@@ -18,10 +18,10 @@ def unfinished_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{WRITING}")
 
 
-def write_synced(file: Path, text: str) -> None:
-    """Write ``text`` as UTF-8 and wait until it is on disk."""
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+def write_synced(file: Path, content: str | bytes) -> None:
+    """Write ``content``, text as UTF-8, and wait until it is on disk."""
+    with file.open("wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -61,6 +61,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"{out} exists already: remove it or choose another folder")
     _remove_leftovers(out)
     unfinished = unfinished_path(out.with_name(f"{_prefix(out)}{os.getpid()}"))
+    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
@@ -70,6 +71,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if not out.exists():
+            with suppress(OSError):  # somebody else has put something there
+                for parent in made:
+                    parent.rmdir()
 
 
 def _prefix(out: Path) -> str:

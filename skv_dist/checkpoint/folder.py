@@ -1,9 +1,10 @@
 """Checkpoint folders: complete or invisible, checked before they are read. Nothing here needs torch.
 
 ``checkpoints/step_00000100/`` holds DCP's ``.metadata`` and ``__RANK_N.distcp`` (tensors), ``metadata.json``
-(Megatron's mark of the format), ``state.json`` (the rest of the run's state), ``config.yaml``, and ``manifest.json``:
-size and SHA-256 of every other file. A folder is written under a hidden name and renamed once all of it is on disk;
-``checkpoints/latest`` names the newest. Files that the manifest does not know, such as ``.DS_Store``, are ignored.
+(Megatron's mark of the format), ``state.json`` (the rest of the run's state), ``config.yaml``, what
+`skv_dist.checkpoint.travelling` lists, and ``manifest.json``: size and SHA-256 of every other file. A folder is written
+under a hidden name and renamed once all of it is on disk; ``checkpoints/latest`` names the newest. Files that the
+manifest does not know, such as ``.DS_Store``, are ignored.
 
 The checkpoints in ``checkpoints`` are those of one line of training, so a higher step is a later one. Where a run goes
 on from an earlier step, the later ones go to ``checkpoints/superseded`` first: nothing deletes them but their owner.
@@ -95,6 +96,12 @@ def digest(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": content.hexdigest()}
 
 
+def digests(folder: Path) -> dict[str, Any]:
+    """Entries of all files of ``folder``, those in folders too."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): digest(path) for path in found}
+
+
 def write_state(folder: Path, state: dict[str, Any]) -> None:
     """What a checkpoint holds beside its tensors, and the mark of the format."""
     write_synced(folder / STATE, json.dumps(state, indent=1) + "\n")
@@ -183,13 +190,16 @@ def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[Pat
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises UserError where ``folder`` cannot be read; DamagedError where it is no complete checkpoint."""
+    """Raises UserError where ``folder`` cannot be read; DamagedError where it is no complete checkpoint.
+
+    `skv_dist.checkpoint.kinds` says what a folder is that was never one.
+    """
     if not folder.is_dir():
         raise UserError(f"checkpoint {folder} does not exist")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in manifest.items():
-            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str) or Path(name).name != name:
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str) or not _is_inside(name):
                 raise ValueError
     except FileNotFoundError as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} is missing") from error
@@ -198,6 +208,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} is not what was written") from error
     return dict(manifest)
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a path in a manifest stays within the checkpoint."""
+    parts = name.split("/")
+    return "\\" not in name and all(part not in ("", ".", "..") for part in parts)
 
 
 def _unreadable(file: Path, error: OSError) -> UserError:

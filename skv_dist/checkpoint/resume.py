@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 
 from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.kinds import refuse_other_kinds
 from skv_dist.checkpoint.load import verify_everywhere
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
@@ -108,9 +109,21 @@ def checked_weights(run: RunConfig, fingerprints: Collection[str]) -> Path | Non
     if run.checkpoint.init_from is None:
         return None
     folder = Path(run.checkpoint.init_from).expanduser()
+    _refuse_other_kinds("checkpoint.init_from", folder)
     verify_everywhere(folder)
     check_same_model(run, folder, fingerprints)
     return folder
+
+
+def _refuse_other_kinds(key: str, folder: Path) -> None:
+    """On every rank that sees the folder so. Raises UserError where it is no checkpoint, naming the key."""
+    error = None
+    try:
+        refuse_other_kinds(folder)
+    except UserError as problem:
+        error = f"{key}: {problem}"
+    if (agreed := first_error(error)) is not None:
+        raise UserError(agreed)
 
 
 def named_start(run: RunConfig) -> Path | None:
@@ -143,6 +156,7 @@ def choose(run: RunConfig, root: Path, fingerprints: Collection[str]) -> Path | 
     asked = named_start(run)
     candidates = _candidates(root, asked)
     if asked is not None:
+        _refuse_other_kinds("checkpoint.resume", asked)
         files.step_of(asked)
         candidates.append(asked)
     damaged: list[str] = []

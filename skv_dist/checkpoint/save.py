@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.metadata import DCP_ERRORS, cause_of
 from skv_dist.checkpoint.shards import Shards, snapshot
+from skv_dist.checkpoint.travelling import Files, write_travelling
 from skv_dist.config.load import dump_config
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError, cause_in_one_line
@@ -30,10 +31,11 @@ class Saver:
     Args:
         run: the complete configuration of the run.
         root: the folder of all checkpoints.
+        travelling: further files of each checkpoint; read on the first rank.
     """
 
-    def __init__(self, engine: Engine, run: RunConfig, root: Path) -> None:
-        self._engine, self._run, self._root = engine, run, root
+    def __init__(self, engine: Engine, run: RunConfig, root: Path, travelling: Files | None = None) -> None:
+        self._engine, self._run, self._root, self._travelling = engine, run, root, travelling or {}
         # Groups of its own: its collectives run beside those of training.
         self._group = dist.new_group(backend="gloo")
         self._rank = dist.get_rank()
@@ -111,6 +113,7 @@ class Saver:
             unfinished.mkdir(parents=True)
             files.write_state(unfinished, state)
             write_synced(unfinished / files.CONFIG, dump_config(self._run))
+            write_travelling(unfinished, self._travelling)
 
     def _publish(self, folder: Path) -> None:
         unfinished = unfinished_path(folder)
@@ -119,9 +122,8 @@ class Saver:
         dist.all_gather_object(of_all_ranks, of_this_rank, group=self._group)
         if self._rank == 0:
             manifest = {name: entry for entries in of_all_ranks for name, entry in entries.items()}
-            manifest.update(
-                {path.name: files.digest(path) for path in unfinished.iterdir() if path.name not in manifest}
-            )
+            others = [path for path in unfinished.rglob("*") if path.is_file() and path.name not in manifest]
+            manifest.update({path.relative_to(unfinished).as_posix(): files.digest(path) for path in others})
             files.publish(folder, manifest)
 
     def _report(self, step: int, folder: Path) -> None:

@@ -23,7 +23,9 @@ def _parser() -> ArgumentParser:
         description=__doc__,
         epilog="skv-eval questions CHECKPOINT FILE scores answers to questions (skv-eval questions --help)",
     )
-    parser.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100; RUN means its newest"
+    )
     maps.add_arguments(parser)
     parser.add_argument("--samples", type=int, help="validation sequences to use (default: eval.samples)")
     parser.add_argument("--prompt", help="sample text that goes on from here, under each map")
@@ -38,20 +40,23 @@ def main(argv: list[str]) -> int:
         from skv_dist.commands.evaluate_questions import evaluate_questions
 
         return evaluate_questions(argv[1:])
+    from skv_dist.checkpoint.kinds import checkpoint_at
+
     arguments = maps.parse(_parser(), argv)
+    arguments.checkpoint = checkpoint_at(arguments.checkpoint)
     run = _configuration(arguments)
 
     from skv_dist.checkpoint.folder import CONFIG, read_state
     from skv_dist.checkpoint.frozen_model import frozen_model
+    from skv_dist.checkpoint.travelling import tokenizer_of
     from skv_dist.data.open import open_data
     from skv_dist.data.split import rule_of
-    from skv_dist.data.tokenizer import load_tokenizer
     from skv_dist.evaluation.sweep import evaluation_batches, sweep
     from skv_dist.parallel.processes import groups
     from skv_dist.parallel.processes.rendezvous import wait_for_all
 
     plans = maps.plans(arguments, run)
-    tokenizer = load_tokenizer(run.data.tokenizer)
+    tokenizer = tokenizer_of(arguments.checkpoint, run.data.tokenizer)
     world = groups.start(run.parallel)
     engine = frozen_model(run, arguments.checkpoint, world)
     rule = rule_of(read_state(arguments.checkpoint), run.data, run.checkpoint.allow_changed)
@@ -95,9 +100,11 @@ def _print_sample(
     name: str,
     plan: RoutePlan,
 ) -> None:
+    from skv_dist.checkpoint.travelling import end_tokens, origin_of
     from skv_dist.evaluation.generate import Sampling, sample_text
 
-    sampling = Sampling(arguments.new_tokens, arguments.temperature, run.train.seed)
+    ends = frozenset(end_tokens(origin_of(arguments.checkpoint), tokenizer))
+    sampling = Sampling(arguments.new_tokens, arguments.temperature, run.train.seed, ends)
     text = sample_text(engine, run, tokenizer, plan, arguments.prompt, sampling)
     if world.is_first:
         print(f"--- sampled under {name.removeprefix('loss')}\n{arguments.prompt}{text}\n---", flush=True)

@@ -23,7 +23,7 @@ def _parser() -> ArgumentParser:
         epilog="example: skv-eval questions RUN/checkpoints/step_00000100 questions.jsonl --prompt-field "
         "'{context}\\nQuestion: {question}\\nAnswer:' --answers-field answers --retention 1 0.5 0.25",
     )
-    parser.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100")
+    parser.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100; RUN: its newest")
     parser.add_argument("file", help="JSONL or Parquet, one question a row")
     maps.add_arguments(parser)
     parser.add_argument(
@@ -45,21 +45,24 @@ def evaluate_questions(argv: list[str]) -> int:
     Raises:
         UserError: the file, the checkpoint or an argument is not what it should be.
     """
+    from skv_dist.checkpoint.kinds import checkpoint_at
+
     arguments = maps.parse(_parser(), argv)
+    arguments.checkpoint = checkpoint_at(arguments.checkpoint)
     for name in ("number", "new_tokens", "batch_size"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     run = maps.configuration(arguments, [])
 
     from skv_dist.checkpoint.frozen_model import frozen_model
-    from skv_dist.data.tokenizer import load_tokenizer
+    from skv_dist.checkpoint.travelling import end_tokens, origin_of, tokenizer_of
     from skv_dist.evaluation.questions import answer_questions
     from skv_dist.parallel.decode import check_decodable
     from skv_dist.parallel.processes import groups
 
     check_decodable(run)
     plans = maps.plans(arguments, run)
-    tokenizer = load_tokenizer(run.data.tokenizer)
+    tokenizer = tokenizer_of(arguments.checkpoint, run.data.tokenizer)
     questions = _questions(arguments, run, tokenizer)
     world = groups.start(run.parallel)
     engine = frozen_model(run, arguments.checkpoint, world)
@@ -71,6 +74,7 @@ def evaluate_questions(argv: list[str]) -> int:
         questions,
         {name.removeprefix("loss@"): plan for name, plan in plans.items()},
         new_tokens=arguments.new_tokens,
+        ends=frozenset(end_tokens(origin_of(arguments.checkpoint), tokenizer)),
         batch_size=arguments.batch_size,
         on_batch=_progress(len(questions) * len(plans) // world.data_size, shown=world.is_first),
     )

@@ -155,6 +155,7 @@ def _train_in_folder(
 ) -> signal.Signals | None:
     from skv_dist.checkpoint import resume
     from skv_dist.checkpoint.save import Saver
+    from skv_dist.checkpoint.travelling import travelling_files
     from skv_dist.parallel.engines.create import create_engine
     from skv_dist.training import output_folder
     from skv_dist.training.trainer import Trainer
@@ -167,7 +168,8 @@ def _train_in_folder(
     trainer = Trainer(run, derived, world, engine, data.samples)
     _restore(trainer, start, begin_with)
     roll_backs = resume.roll_backs(run, start)
-    saver = Saver(trainer.engine, run, out / output_folder.CHECKPOINTS)
+    travelling = travelling_files(tokenizer, start or begin_with) if world.is_first else {}
+    saver = Saver(trainer.engine, run, out / output_folder.CHECKPOINTS, travelling)
 
     def state() -> dict[str, Any]:
         return {

@@ -90,8 +90,8 @@ class DataConfig(Section):
     tokenizer: str = Field(default="byte", min_length=1)
     """The tokenizer: byte, a folder that holds a saved one, or a name on the Hugging Face hub. byte needs no download:
     259 tokens, the bytes of UTF-8 and three special ones. A folder that is there is noted with its whole path; a name
-    that begins with ., / or ~ must be one. Any other must have an end-of-sequence token. Exported models take the
-    tokenizer with them."""
+    that begins with ., / or ~, or holds more than one /, must be one. Any other must have an end-of-sequence token.
+    Checkpoints and exported models take the tokenizer with them."""
 
     sources: list[SourceConfig] = Field(min_length=1)
     """The text to train on: one or more sources, mixed by their weights. Those whose format is not prepared are

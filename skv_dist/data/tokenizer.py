@@ -1,6 +1,9 @@
 """Tokenizers: bytes by default (nothing to download), or any Hugging Face tokenizer."""
 
 import hashlib
+import tempfile
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -46,6 +49,9 @@ class Tokenizer(Protocol):
     def fingerprints(self) -> list[str]:
         """That of today, and those that earlier versions gave the same tokenizer."""
 
+    def files(self) -> Mapping[str, bytes]:
+        """What to write into a folder so that `load_tokenizer` gives this tokenizer again; nothing for bytes."""
+
 
 class ByteTokenizer:
     """UTF-8 bytes with the ids of transformers' ByT5 tokenizer: byte b is b + 3; 0 pad, 1 end of document, 2 unknown.
@@ -84,6 +90,9 @@ class ByteTokenizer:
 
     def fingerprints(self) -> list[str]:
         return [self.fingerprint()]
+
+    def files(self) -> Mapping[str, bytes]:
+        return {}
 
 
 class HuggingFaceTokenizer:
@@ -135,6 +144,28 @@ class HuggingFaceTokenizer:
         added = self.stock("a", verbose=False)["input_ids"]
         return int(begin) if begin is not None and added and added[0] == begin else None
 
+    def files(self) -> Mapping[str, bytes]:
+        """Empty, with a warning, where transformers loads something else from what it saved itself."""
+        with tempfile.TemporaryDirectory() as scratch:
+            self.stock.save_pretrained(scratch)
+            try:
+                again = HuggingFaceTokenizer(scratch)
+                same = again._what_it_does() == self._what_it_does()
+            except UserError:
+                same = False
+            if not same:
+                warnings.warn(
+                    f"data.tokenizer '{self.name}' is not the same once it is saved and loaded: checkpoints name it "
+                    "and hold no copy",
+                    stacklevel=2,
+                )
+                return {}
+            saved = (path for path in Path(scratch).rglob("*") if path.is_file())
+            return {path.relative_to(scratch).as_posix(): path.read_bytes() for path in saved}
+
+    def _what_it_does(self) -> tuple[object, ...]:
+        return self.fingerprint(), self.begin_of_document, self.vocab_size, self.stock.chat_template
+
     def _content(self) -> str:
         backend = getattr(self.stock, "backend_tokenizer", None)
         return backend.to_str() if backend is not None else repr(sorted(self.stock.get_vocab().items()))
@@ -176,11 +207,19 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "byte":
         return ByteTokenizer()
-    if name.startswith((".", "/", "~")):
-        folder = Path(name).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"data.tokenizer '{name}' is not a folder")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
         if not any((folder / file).exists() for file in _FILES):  # transformers would make an empty tokenizer up
             raise UserError(f"data.tokenizer '{name}' holds no tokenizer: none of {', '.join(_FILES)} is there")
         return HuggingFaceTokenizer(str(folder))
+    if not _may_be_on_hub(name):
+        raise UserError(f"data.tokenizer '{name}' is not a folder")
     return HuggingFaceTokenizer(name)
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Names there are ``NAME`` or ``OWNER/NAME``. Where a folder of that first name is here, the second was meant to
+    be in it: it must not be asked for elsewhere."""
+    first, *others = name.split("/")
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or len(others) > 1
+    return not is_path and not (others and Path(first).is_dir())

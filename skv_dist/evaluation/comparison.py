@@ -49,7 +49,7 @@ def plot_losses(runs: dict[str, dict[float, float]], file: Path) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError("a plot needs matplotlib: pip install 'skv-dist[plot]'") from error
+        raise UserError("a plot needs matplotlib: pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

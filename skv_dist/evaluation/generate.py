@@ -19,11 +19,13 @@ class Sampling:
         new_tokens: largest number of them.
         temperature: 0 takes the likeliest token.
         seed: of the draws.
+        ends: ids behind which nothing is drawn, beside the tokenizer's end of a document.
     """
 
     new_tokens: int
     temperature: float
     seed: int
+    ends: frozenset[int] = frozenset()
 
 
 def sample_text(
@@ -46,7 +48,7 @@ def sample_text(
         likely = torch.softmax(logits.cpu() / sampling.temperature, -1)
         return torch.multinomial(likely, 1, generator=generator)[:, 0]
 
-    decoder, ends = Decoder(engine, run, plan), frozenset([tokenizer.end_of_document])
+    decoder, ends = Decoder(engine, run, plan), sampling.ends | {tokenizer.end_of_document}
     said: list[int] = []
     while len(said) < sampling.new_tokens:
         seen = (ids + said)[-window + 1 :] if not said else (ids + said)[-(window // 2) :]

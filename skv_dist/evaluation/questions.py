@@ -104,13 +104,15 @@ def answer_questions(
     plans: Mapping[str, RoutePlan],
     *,
     new_tokens: int,
+    ends: frozenset[int],
     batch_size: int,
     on_batch: Callable[[int], None] = lambda num_questions: None,
 ) -> dict[str, Score]:
     """Score the likeliest answers under each map. Collective; replicas share the questions out.
 
     Args:
-        new_tokens: largest number of tokens in an answer, which also ends at the end token or a line break.
+        new_tokens: largest number of tokens in an answer, which also ends at a line break.
+        ends: tokens that end an answer.
         batch_size: questions decoded together.
         on_batch: called with their number behind each batch of this replica.
 
@@ -132,7 +134,6 @@ def answer_questions(
         mine: list[Answer] = []
         for batch in batches[world.data_rank :: world.data_size]:
             prompts = [questions[number].prompt for number in batch]
-            ends = frozenset([tokenizer.end_of_document])
             said = decoder.continue_prompts(prompts, new_tokens, ends, likeliest, tokenizer.end_of_document)
             for number, ids in zip(batch, said):
                 mine.append(_scored(number, tokenizer.decode(ids), questions[number].references))

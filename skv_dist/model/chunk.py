@@ -189,8 +189,8 @@ class RoutedChunk(MegatronModule):
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.embedding(tokens)
         if self._model.block_style.scaled_embedding:
-            scale = torch.tensor(self._model.hidden_size**0.5, dtype=hidden.dtype)  # rounded, as transformers does
-            hidden = hidden * scale.item()
+            scale = torch.tensor(self._model.hidden_size**0.5, dtype=torch.float32)  # rounded, as transformers does
+            hidden = hidden * scale.to(hidden.dtype).item()
         if not self.config.sequence_parallel:
             hidden = hidden.transpose(0, 1).contiguous()  # [b, s, h] -> [s, b, h]; with SP the scatter does it
         if self.training and not hidden.requires_grad and self._learns():

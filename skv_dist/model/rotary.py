@@ -25,7 +25,8 @@ def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
     # 0 at wavelengths that must be stretched, 1 at those that are kept
     smooth = (context / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth = smooth.clamp(0, 1)
-    return plain * smooth + plain / scaling.factor * (1 - smooth)
+    # In transformers' order of operations: other roundings of a frequency would be seen by `skv-convert verify`.
+    return (1 - smooth) * plain / scaling.factor + smooth * plain
 
 
 def rotary_table(inverse: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from skv_dist.config.data import DataConfig, SourceConfig
 from skv_dist.data.token_set import PreparedSet
 from skv_dist.data.tokenize import prepare
 from skv_dist.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from skv_dist.errors import UserError
 
 
 def _save(folder: Path, *, eos: str = "<e>", last_id: int = 5, truncate: bool = False, pad: bool = False) -> Path:
@@ -91,3 +93,32 @@ def test_a_tokenizer_is_noted_with_its_whole_path(tmp_path: Path, monkeypatch: p
     assert noted("./tok") == noted("tok") == noted(str(tmp_path / "tok")) == str(tmp_path / "tok")
     assert (noted("byte"), noted("someone/tokenizer")) == ("byte", "someone/tokenizer")
     assert noted("./nowhere") == "./nowhere"  # refused as it was given
+
+
+def test_a_copy_is_the_same_tokenizer(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(_save(tmp_path / "tok", truncate=True)))
+    for name, content in tokenizer.files().items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    assert load_tokenizer(str(tmp_path / "copy")).fingerprint() == tokenizer.fingerprint()
+    assert load_tokenizer("byte").files() == {}
+
+
+def test_one_that_would_change_in_the_copy_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(str(_save(tmp_path / "tok")))
+    other = _save(tmp_path / "other", last_id=9)
+    saved = lambda _, folder: shutil.copytree(other, folder, dirs_exist_ok=True)  # noqa: E731
+    monkeypatch.setattr(type(tokenizer.stock), "save_pretrained", saved)
+    with pytest.warns(UserWarning, match="not the same once it is saved"):
+        assert tokenizer.files() == {}
+
+
+@pytest.mark.parametrize("name", ["./gone", "runs/start/tokenizer", "here/gone", "gone/", "/nowhere", "~/nowhere"])
+def test_a_folder_that_is_missing_is_not_asked_for_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(HuggingFaceTokenizer, "__init__", lambda *_: pytest.fail("it is looked up"))
+    with pytest.raises(UserError, match="is not a folder"):
+        load_tokenizer(name)

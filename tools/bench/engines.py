@@ -34,7 +34,7 @@ from skv_dist.errors import UserError
 from skv_dist.routing import map_from_cached_layers, map_from_retention
 from skv_dist.versions import software
 
-from ..convert.findings import TOLERANCE, Finding, table
+from ..convert.findings import FLOAT32_LIMIT, Finding, table
 from ..convert.from_hf import from_hf
 from ..convert.run_engine import ENGINES, Arrays, CommandError, run_command, run_engine
 from ..convert.to_hf import Export, write_folder
@@ -164,7 +164,7 @@ def _changed_map(engine: Engine, model: Model) -> Check:
     config["kv_source_layers"][-1] = 0
     (changed / "config.json").write_text(json.dumps(config))
     apart = _apart(engine.measure(changed), engine.measure(right))
-    problem = None if apart > 10 * TOLERANCE else "not noticed"
+    problem = None if apart > 10 * FLOAT32_LIMIT else "not noticed"
     return Check("another source of the last layer in config.json: max Δ log p", f"{apart:.1e}", problem)
 
 
@@ -195,7 +195,7 @@ def _without_plugin(engine: Engine, model: Model) -> Check:
     apart = _apart(stock, engine.measure(model.work / "arbitrary"))
     unshared_model = engine.measure(model.work / "unshared")
     capacity, unshared = (int(arrays["cache_tokens_per_gib"]) for arrays in (stock, unshared_model))
-    problem = None if apart <= TOLERANCE else "log-probabilities differ"
+    problem = None if apart <= FLOAT32_LIMIT else "log-probabilities differ"
     if capacity > 1.02 * unshared:
         problem = "stock vLLM saves memory: what is said of it is out of date"
     name = f"the same without our plugin (`{stock['model']}`)"
@@ -211,7 +211,7 @@ def _tensor_parallel(engine: Engine, model: Model) -> Check:
     cut, right = _on_two(engine, folder, "tensor_parallel_size"), engine.measure(folder)
     on_two, on_one = (int(arrays["cache_bytes_per_token"]) for arrays in (cut, right))
     problem = None if on_two == on_one else f"one rank holds {on_one:,}"
-    if not _apart(cut, right) <= TOLERANCE:
+    if not _apart(cut, right) <= FLOAT32_LIMIT:
         problem = "log-probabilities differ"
     measured = f"{_apart(cut, right):.1e}; both ranks hold {on_two:,} bytes/token"
     return Check("tensor parallel 2 against one rank: max Δ log p", measured, problem)
@@ -371,7 +371,7 @@ def main(argv: list[str]) -> int:
         "# Exported maps in inference engines",
         "",
         f"{datetime.date.today()}, {platform.machine()} CPU, {os.cpu_count()} cores; {software()}; "
-        f"{arguments.checkpoint or 'a random Qwen3 of 8 layers'}, float32; limit of Δ log p {TOLERANCE:g}",
+        f"{arguments.checkpoint or 'a random Qwen3 of 8 layers'}, float32",
         "",
         f"`python -m skv_tools.bench.engines {shlex.join(argv)}`",
         "",

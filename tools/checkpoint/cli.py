@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from skv_dist.checkpoint import folder as files
+from skv_dist.checkpoint.kinds import checkpoint_at
 from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.errors import UserError
@@ -12,6 +13,7 @@ from skv_dist.errors import UserError
 def _inspect(arguments: argparse.Namespace) -> None:
     from .summary import summary, tensor_list
 
+    arguments.checkpoint = checkpoint_at(arguments.checkpoint)
     files.verify(arguments.checkpoint)
     for name, value in summary(arguments.checkpoint).items():
         print(f"{name + ':':<12}{value}")
@@ -22,6 +24,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from .export import export_weights
 
+    arguments.checkpoint = checkpoint_at(arguments.checkpoint)
     files.verify(arguments.checkpoint)
     num_tensors, num_files = export_weights(arguments.checkpoint, arguments.out)
     print(f"{arguments.out}: {num_tensors} tensors in {num_files} file{'s' if num_files > 1 else ''}")
@@ -43,7 +46,9 @@ def _parser() -> ArgumentParser:
 
     inspect = actions.add_parser("inspect", help="step, layout, size and tensors of a checkpoint")
     inspect.set_defaults(action=_inspect)
-    inspect.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100")
+    inspect.add_argument(
+        "checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100; RUN means its newest"
+    )
     inspect.add_argument("--tensors", action="store_true", help="list every tensor with its shape")
 
     export = actions.add_parser("export", help="write the fp32 weights to safetensors, under global names")

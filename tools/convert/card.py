@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from skv_dist import __version__
 from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.frozen_model import config_of
+from skv_dist.checkpoint.travelling import origin_of
 
 from .blocks import BLOCKS
 from .findings import Finding, table
@@ -20,29 +23,57 @@ _PAPER = "[arXiv 2604.22782](https://arxiv.org/abs/2604.22782)"
 
 def write_card(checkpoint: Path, folder: Path, name: str, export: Export, findings: Sequence[Finding]) -> None:
     """Write ``README.md`` into ``folder``, which is to be called ``name``."""
-    text = model_card(checkpoint, name, read_json(folder / "config.json"), export, findings)
+    chats = (folder / "chat_template.jinja").exists()
+    text = model_card(checkpoint, name, read_json(folder / "config.json"), export, findings, chats)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def model_card(checkpoint: Path, name: str, config: dict[str, Any], export: Export, findings: Sequence[Finding]) -> str:
+def model_card(
+    checkpoint: Path,
+    name: str,
+    config: dict[str, Any],
+    export: Export,
+    findings: Sequence[Finding],
+    chats: bool,
+) -> str:
     """Markdown.
 
     Args:
         name: of the exported folder.
         config: its ``config.json``.
+        chats: whether its tokenizer has a chat template.
     """
     step, block = int(files.read_state(checkpoint)["step"]), config_of(checkpoint).model.block
-    lines = ["---", "library_name: transformers", "tags: [kv-cache-sharing, skv-dist]", "---", "", f"# {name}", ""]
-    lines += [_summary(config, export), ""]
+    origin = origin_of(checkpoint)
+    lines = [*_front_matter(origin), "", f"# {name}", "", _summary(config, export), ""]
     lines += [
         f"Written by skv-dist {__version__} from step {step} of a run. Method: stochastic KV routing, {_PAPER}.",
+        *_lineage(origin),
         "",
     ]
     if not export.is_stock:
         lines += [*_row_table(["layer", *range(len(export.sources))], ["reads the K/V of", *export.sources]), ""]
     lines += ["## Measured", "", *_comparison(config, findings), "", *_losses(checkpoint, step)]
-    lines += ["## Loading", "", *_loading_code(name, config, export), "", *_engines(name, config, block)]
+    lines += ["## Loading", "", *_loading_code(name, config, export, chats), "", *_engines(name, config, block)]
     return "\n".join(lines) + "\n"
+
+
+def _front_matter(origin: dict[str, Any]) -> list[str]:
+    """What the hub reads of a card."""
+    known = {key: origin[key] for key in ("base_model", "license") if key in origin}
+    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", **known}
+    fields["tags"] = ["kv-cache-sharing", "skv-dist"]
+    head = yaml.safe_dump(fields, sort_keys=False)
+    return ["---", *head.splitlines(), "---"]
+
+
+def _lineage(origin: dict[str, Any]) -> list[str]:
+    """Whose weights the run began with, and under which licence."""
+    if not origin:
+        return []
+    base = origin.get("base_model", origin.get("folder", "another model"))
+    known = f"its licence, {origin['license']}," if "license" in origin else "its licence"
+    return ["", f"The run began with the weights of `{base}`: {known} applies to these weights too."]
 
 
 def _summary(config: dict[str, Any], export: Export) -> str:
@@ -62,7 +93,11 @@ def _comparison(config: dict[str, Any], findings: Sequence[Finding]) -> list[str
     if not findings:
         return ["Not verified: `skv-convert verify CHECKPOINT FOLDER`."]
     measured = f"cache held in `{config['dtype']}` ({findings[0].how})"
-    return [f"Against the checkpoint, both in float32; {measured}.", "", table(findings)]
+    own = findings[0]
+    cache = f"A token takes {own.cache_bytes:,.0f} bytes of cache"
+    if own.ratio < 1:
+        cache += f" instead of {own.unshared_bytes:,.0f}"
+    return [f"{cache}. Compared with the checkpoint, both in float64; {measured}.", "", table(findings)]
 
 
 def _losses(checkpoint: Path, step: int) -> list[str]:
@@ -85,25 +120,49 @@ def _losses(checkpoint: Path, step: int) -> list[str]:
     ]
 
 
-def _loading_code(name: str, config: dict[str, Any], export: Export) -> list[str]:
-    custom = ", trust_remote_code=True" if config["model_type"] == OUR_MODEL_TYPE else ""
+def _loading_code(name: str, config: dict[str, Any], export: Export, chats: bool) -> list[str]:
+    is_ours = config["model_type"] == OUR_MODEL_TYPE
+    custom = ", trust_remote_code=True" if is_ours else ""
     load = f'model = AutoModelForCausalLM.from_pretrained("{name}"{custom}'
     lines = ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}")', f"{load})"]
+    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}"{custom})', f"{load})"]
     if export.adaptive:
         lines += [f"{load}, kv_retention=0.5)  # groups of two layers"]
         lines += [f"{load}, kv_source_layers={list(export.sources)})"]
-    return [*lines, "```"]
+    lines += [""]
+    if chats:
+        lines += [
+            'messages = [{"role": "user", "content": "What is a KV cache?"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+    else:
+        lines += ['inputs = tokenizer("Once upon a time", add_special_tokens=False, return_tensors="pt")']
+    lines += ["tokens = model.generate(**inputs, max_new_tokens=100)"]
+    lines += ['print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))', "```"]
+    if is_ours:
+        lines += [
+            "",
+            "`trust_remote_code=True` lets transformers run `modeling_skv.py` of this folder. Without it the model is "
+            "not loaded, and AutoTokenizer asks before it reads even the tokenizer.",
+        ]
+    return lines
 
 
 def _engines(name: str, config: dict[str, Any], block: str) -> list[str]:
     if config["model_type"] == OUR_MODEL_TYPE:
+        onnx = f"`skv-convert to-onnx {name} OUT`"
+        if config["head_dim"] % 16:
+            onnx = (
+                f"not possible: it wants heads whose width is a multiple of 16, and these are {config['head_dim']} wide"
+            )
         return [
             "- transformers 5.17 to 5.23: as above; layers that share hold no cache.",
-            f"- vLLM: `pip install 'skv-dist[vllm]'`, then `vllm serve {name} --trust-remote-code`. **Without this "
-            "plugin vLLM runs the model and saves nothing**: its stock Transformers backend allocates a cache for "
-            "every layer.",
-            f"- ONNX Runtime GenAI: `skv-convert to-onnx {name} OUT`.",
+            "- vLLM 0.32: install skv-dist's plugin from its source, `pip install '.[vllm]'` in a checkout (on no "
+            f"package index), then `vllm serve {name} --trust-remote-code`. **Without this plugin vLLM runs the model "
+            "and saves nothing**: its stock Transformers backend allocates a cache for every layer.",
+            f"- ONNX Runtime GenAI: {onnx}.",
             f'- MLX: `mlx_lm.load("{name}", trust_remote_code=True)` runs `mlx_skv.py` of this folder.',
             "- llama.cpp: cannot express the map; not supported (models of Gemma 4's block are).",
         ]

@@ -10,48 +10,79 @@ from skv_dist.errors import UserError
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
-    from .from_hf import MODEL_FILE, from_hf
+    from skv_dist.files import new_folder
 
-    num_parameters = from_hf(arguments.folder, arguments.out, arguments.tokenizer)
-    out = arguments.out.resolve()
-    print(f"{arguments.out}: {num_parameters:,} parameters. To train from it, in the configuration of a run:")
+    from .failed import check_or_keep, keep
+    from .findings import table
+    from .from_hf import MODEL_FILE, write_start
+    from .progress import say
+    from .reference import TEXT
+    from .verify import verify_start
+
+    with new_folder(arguments.out) as folder:
+        start = write_start(arguments.folder, folder, arguments.tokenizer, arguments.out)
+        for note in start.notes:
+            say(f"{arguments.folder}: {note}")
+        if not arguments.no_verify:
+            say(f"{arguments.out}: comparing with {arguments.folder} in transformers")
+            again = f"skv-convert from-hf {arguments.folder} OUT"
+            try:
+                findings = verify_start(arguments.folder, folder, start.tokenizer.encode(TEXT)[None, :64])
+            except (UserError, MemoryError) as error:
+                raise keep(folder, arguments.out, f"it could not be compared: {error}", [], again) from error
+            print(table(findings))
+            check_or_keep(folder, arguments.out, findings, again)
+    out = arguments.out.absolute()
+    print(f"{arguments.out}: {start.num_parameters:,} parameters. To train from it, in the configuration of a run:")
     print(f"  base: {out / MODEL_FILE}\n  checkpoint: {{init_from: {out}}}")
     return 0
 
 
 def _to_hf(arguments: argparse.Namespace) -> int:
     from skv_dist.checkpoint.frozen_model import config_of
+    from skv_dist.checkpoint.kinds import checkpoint_at
     from skv_dist.files import new_folder
 
     from .card import write_card
-    from .findings import first_problem, table
+    from .failed import check_or_keep, keep
+    from .findings import Finding, table
     from .hf_config import OUR_MODEL_TYPE
     from .hf_folder import read_json
+    from .progress import say
     from .reference import comparison_text
-    from .to_hf import Export, write_folder
+    from .to_hf import Export, check_expressible, write_folder
     from .verify import verify
 
     if arguments.shard_gb <= 0:
         raise UserError("--shard-gb must be greater than 0")
-    sources = _asked_map(arguments, config_of(arguments.checkpoint).model.num_layers)
+    checkpoint = checkpoint_at(arguments.checkpoint)
+    if checkpoint != arguments.checkpoint:
+        say(f"{arguments.checkpoint}: its newest checkpoint is {checkpoint}")
+    sources = _asked_map(arguments, config_of(checkpoint).model.num_layers)
     shard_bytes = int(arguments.shard_gb * 2**30)
     export = Export(sources, arguments.adaptive, arguments.architecture, arguments.dtype, shard_bytes)
     text = comparison_text(arguments.text, arguments.tokens)
+    check_expressible(checkpoint, export)
     with new_folder(arguments.out) as folder:
-        write_folder(arguments.checkpoint, folder, export)
-        findings = []
+        write_folder(checkpoint, folder, export, str(arguments.out))
+        findings: list[Finding] = []
         if not arguments.no_verify:
-            findings = verify(arguments.checkpoint, folder, "transformers", text=text, max_tokens=arguments.tokens)
+            say(f"{arguments.out}: comparing with {checkpoint} in transformers")
+            again = f"skv-convert verify {checkpoint} {{}}"
+            try:
+                findings = verify(
+                    checkpoint, folder, "transformers", text=text, max_tokens=arguments.tokens, asked=sources
+                )
+            except (UserError, MemoryError) as error:
+                raise keep(folder, arguments.out, f"it could not be compared: {error}", [], again) from error
             print(table(findings))
-        problem = first_problem(findings)
-        if problem is not None:
-            raise UserError(f"the export is not the checkpoint and was removed: {problem}")
-        write_card(arguments.checkpoint, folder, arguments.out.name, export, findings)
+            check_or_keep(folder, arguments.out, findings, again)
+        write_card(checkpoint, folder, arguments.out.name, export, findings)
     config = read_json(arguments.out / "config.json")
     size = sum(path.stat().st_size for path in arguments.out.iterdir())
     print(f"{arguments.out}: {config['architectures'][0]}, {config['dtype']}, {size / 2**20:,.1f} MiB")
     if config["model_type"] == OUR_MODEL_TYPE:
-        print(f"vLLM saves nothing without its plugin, pip install 'skv-dist[vllm]': see {arguments.out}/README.md")
+        print(f"vLLM saves nothing without this project's plugin: see {arguments.out}/README.md")
     return 0
 
 
@@ -69,12 +100,14 @@ def _asked_map(arguments: argparse.Namespace, num_layers: int) -> tuple[int, ...
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from skv_dist.checkpoint.kinds import checkpoint_at
+
     from .findings import first_problem, table
     from .reference import comparison_text
     from .verify import verify
 
     findings = verify(
-        arguments.checkpoint,
+        checkpoint_at(arguments.checkpoint),
         arguments.exported,
         arguments.engine,
         arguments.python,
@@ -88,14 +121,32 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _to_onnx(arguments: argparse.Namespace) -> int:
     from skv_dist.files import new_folder
 
-    from ..engines.export.onnx_genai import export_onnx
+    from ..engines.export.onnx_genai import check_expressible, export_onnx
+    from .failed import check_or_keep, keep
+    from .findings import table
+    from .progress import say
+    from .run_engine import require
+    from .verify import verify_onnx
 
     try:
+        check_expressible(arguments.exported)
+        if not arguments.no_verify:
+            require(arguments.python, "onnxruntime_genai", "name its interpreter with --python, or give --no-verify")
         with new_folder(arguments.out) as folder:
             export_onnx(arguments.exported, folder)
+            if not arguments.no_verify:
+                say(f"{arguments.out}: comparing with {arguments.exported}, in ONNX Runtime GenAI and transformers")
+                again = f"skv-convert to-onnx {arguments.exported} OUT"
+                try:
+                    findings = verify_onnx(arguments.exported, folder, arguments.python)
+                except (UserError, MemoryError) as error:
+                    raise keep(folder, arguments.out, f"it could not be compared: {error}", [], again) from error
+                print(table(findings))
+                check_or_keep(folder, arguments.out, findings, again)
     except ValueError as error:
         raise UserError(str(error)) from error
-    print(f"{arguments.out}: written; to compare: skv-convert verify CHECKPOINT {arguments.exported} --engine onnx")
+    size = sum(path.stat().st_size for path in arguments.out.iterdir())
+    print(f"{arguments.out}: for ONNX Runtime GenAI, float32, {size / 2**20:,.1f} MiB")
     return 0
 
 
@@ -108,10 +159,13 @@ def _parser() -> ArgumentParser:
     start.add_argument("folder", type=Path, help="holds config.json, safetensors and a tokenizer")
     start.add_argument("out", type=Path, help="folder to create")
     start.add_argument("--tokenizer", metavar="NAME", help="for data.tokenizer (default: the folder's own)")
+    start.add_argument("--no-verify", action="store_true", help="do not compare with the folder, in transformers")
 
     export = actions.add_parser("to-hf", help="checkpoint of any layout -> folder for inference engines")
     export.set_defaults(action=_to_hf)
-    export.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100")
+    export.add_argument(
+        "checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100; RUN means its newest"
+    )
     export.add_argument("out", type=Path, help="folder to create")
     sharing = export.add_mutually_exclusive_group()
     sharing.add_argument("--full", action="store_true", help="every layer keeps a cache: stock code (default)")
@@ -137,6 +191,8 @@ def _parser() -> ArgumentParser:
     onnx.set_defaults(action=_to_onnx)
     onnx.add_argument("exported", type=Path)
     onnx.add_argument("out", type=Path, help="folder to create")
+    onnx.add_argument("--no-verify", action="store_true", help="do not compare with the exported folder")
+    onnx.add_argument("--python", default=sys.executable, help="interpreter that has onnxruntime-genai")
     return parser
 
 

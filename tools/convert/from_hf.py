@@ -1,9 +1,11 @@
 """A Hugging Face folder to a checkpoint that a run can start from (``checkpoint.init_from``)."""
 
+import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -13,6 +15,7 @@ from skv_dist import __version__
 from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.save import write_alone
 from skv_dist.checkpoint.shards import Shards
+from skv_dist.checkpoint.travelling import ORIGIN, TOKENIZER, Files, travelling_files, write_travelling
 from skv_dist.config.load import dump_config
 from skv_dist.config.model import ModelConfig
 from skv_dist.config.run import RunConfig
@@ -21,11 +24,14 @@ from skv_dist.errors import UserError
 from skv_dist.files import new_folder
 
 from ..vocabulary import vocab_size
-from .hf_config import model_section
+from .hf_config import complete, model_section
 from .hf_folder import HuggingFaceFolder
 from .names import Entry, entries, fuse
+from .origin import read_origin
+from .progress import Progress
 
 MODEL_FILE = "model.yaml"
+_HEAD = "lm_head.weight"
 _IGNORED = "rotary_emb.inv_freq"  # in folders of older transformers; computed from config.json today
 
 
@@ -47,32 +53,86 @@ class _Lazy(Shards):
         return self.make()
 
 
-def from_hf(source: Path, out: Path, tokenizer_name: str | None) -> int:
-    """Write ``out``; the number of parameters.
+class Start(NamedTuple):
+    """What `write_start` wrote.
 
-    ``out`` holds the weights, ``config.yaml`` (a whole run configuration to change) and ``model.yaml`` (what a run
-    configuration names as its ``base``). One tensor is in memory at a time.
+    Attributes:
+        notes: what it decided where the folder says two things.
+    """
+
+    num_parameters: int
+    notes: list[str]
+    tokenizer: Tokenizer
+
+
+def from_hf(source: Path, out: Path, tokenizer_name: str | None) -> int:
+    """Make the folder ``out`` with `write_start`, and nothing where that fails; the number of parameters.
+
+    Raises:
+        UserError: what cannot be represented, read or written.
+    """
+    with new_folder(out) as folder:
+        return write_start(source, folder, tokenizer_name, out).num_parameters
+
+
+def write_start(source: Path, out: Path, tokenizer_name: str | None, name: Path) -> Start:
+    """Write into the folder ``out``.
+
+    ``out`` then holds the weights, the tokenizer, ``origin.json``, ``config.yaml`` (a whole run configuration to
+    change) and ``model.yaml`` (what a run configuration names as its ``base``). One tensor is in memory at a time.
+
+    Args:
+        name: what ``out`` will be called.
 
     Raises:
         UserError: what cannot be represented, or read.
     """
     folder = HuggingFaceFolder(source)
-    section = model_section(folder.config)
+    folder.check_dtypes()
+    config = complete(folder.config)
+    section = model_section(config)
+    if section["tie_embeddings"] and _has_own_head(folder):
+        section["tie_embeddings"] = False
+        folder.notes.append(
+            "config.json says tie_word_embeddings, but lm_head.weight differs from the embedding: read as not tied, as "
+            "transformers does"
+        )
     model = ModelConfig.model_validate(section)
-    name = tokenizer_name or str(source.resolve())
-    tokenizer = _tokenizer(name, vocab_size(model), given=tokenizer_name is not None)
-    tensors = {f"model.{entry.ours}": _tensor(folder, entry, model) for entry in entries(model)}
+    tokenizer = _tokenizer(tokenizer_name or str(source.absolute()), vocab_size(model), tokenizer_name is not None)
+    progress = Progress(str(name), _num_bytes(model))
+    tensors = {f"model.{entry.ours}": _tensor(folder, entry, model, progress) for entry in entries(model)}
     _refuse_unknown_tensors(folder, model)
-    is_bf16 = str(folder.config.get("dtype", folder.config.get("torch_dtype"))) == "bfloat16"
-    run = _starting_point(section, name, precision="bf16" if is_bf16 else "fp32")
-    with new_folder(out) as checkpoint:
-        base = {"model": section, "data": {"tokenizer": name}}
-        (checkpoint / MODEL_FILE).write_text(yaml.safe_dump(base, sort_keys=False))
-        (checkpoint / files.CONFIG).write_text(dump_config(run))
-        files.write_state(checkpoint, _state(model, tokenizer, source))
-        write_alone(checkpoint, tensors)
-        files.seal(checkpoint, {path.name: files.digest(path) for path in checkpoint.iterdir()})
-    return sum(tensor.numel() for tensor in tensors.values())
+    travelling = {**travelling_files(tokenizer), **_origin_file(source, config, tokenizer, tokenizer_name)}
+    path = str(name.absolute() / TOKENIZER) if tokenizer.files() else tokenizer.name
+    run = _starting_point(section, path, precision="bf16" if folder.main_dtype() == "BF16" else "fp32")
+    base = {"model": section, "data": {"tokenizer": path}}
+    (out / MODEL_FILE).write_text(yaml.safe_dump(base, sort_keys=False))
+    (out / files.CONFIG).write_text(dump_config(run))
+    write_travelling(out, travelling)
+    files.write_state(out, _state(model, tokenizer, source))
+    write_alone(out, tensors)
+    files.seal(out, files.digests(out))
+    return Start(sum(tensor.numel() for tensor in tensors.values()), folder.notes, tokenizer)
+
+
+def _has_own_head(folder: HuggingFaceFolder) -> bool:
+    return _HEAD in folder.names() and not folder.equal(_HEAD, "model.embed_tokens.weight")
+
+
+def _num_bytes(model: ModelConfig) -> int:
+    return 4 * sum(math.prod(shape) for entry in entries(model) for shape in entry.theirs.values())
+
+
+def _origin_file(source: Path, config: dict[str, Any], tokenizer: Tokenizer, given: str | None) -> Files:
+    """``origin.json``; its ``tokenizer`` is the one in whose ids ``generation_config`` speaks."""
+    belongs: str | None = tokenizer.fingerprint()
+    if given is not None:
+        try:
+            belongs = load_tokenizer(str(source.absolute())).fingerprint()
+        except UserError:  # it has none: the given one may be its own, if it is not bytes
+            belongs = None if given == "byte" else belongs
+    origin = {**read_origin(source, config), "tokenizer": belongs}
+    return {ORIGIN: (json.dumps(origin, indent=1) + "\n").encode()}
 
 
 def _tokenizer(name: str, vocab_size: int, given: bool) -> Tokenizer:
@@ -88,7 +148,7 @@ def _tokenizer(name: str, vocab_size: int, given: bool) -> Tokenizer:
     return tokenizer
 
 
-def _tensor(folder: HuggingFaceFolder, entry: Entry, model: ModelConfig) -> _Lazy:
+def _tensor(folder: HuggingFaceFolder, entry: Entry, model: ModelConfig, progress: Progress) -> _Lazy:
     """One of our parameters, read when it is written. Raises UserError where a part has another shape."""
     for part, shape in entry.theirs.items():
         if folder.shape(part) != shape:
@@ -97,17 +157,19 @@ def _tensor(folder: HuggingFaceFolder, entry: Entry, model: ModelConfig) -> _Laz
             )
     shapes = list(entry.theirs.values())
     fused_shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-    return _Lazy.of(fused_shape, partial(_read_fused, folder, entry, model))
+    return _Lazy.of(fused_shape, partial(_read_fused, folder, entry, model, progress))
 
 
-def _read_fused(folder: HuggingFaceFolder, entry: Entry, model: ModelConfig) -> torch.Tensor:
-    return fuse(entry, [folder.read(part).float() for part in entry.theirs], model).contiguous()
+def _read_fused(folder: HuggingFaceFolder, entry: Entry, model: ModelConfig, progress: Progress) -> torch.Tensor:
+    fused = fuse(entry, [folder.read(part).float() for part in entry.theirs], model).contiguous()
+    progress.add(fused.nbytes)
+    return fused
 
 
 def _refuse_unknown_tensors(folder: HuggingFaceFolder, model: ModelConfig) -> None:
     known = {part for entry in entries(model) for part in entry.theirs}
     if model.tie_embeddings:
-        known.add("lm_head.weight")  # some folders repeat the embedding under this name
+        known.add(_HEAD)  # some folders repeat the embedding under this name
     unknown = sorted(name for name in folder.names() if name not in known and not name.endswith(_IGNORED))
     if unknown:
         raise UserError(f"{folder.folder}: tensor {unknown[0]} has no place in a {folder.config['model_type']} of ours")

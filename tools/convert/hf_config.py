@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
+
 from skv_dist.config.model import ModelConfig
-from skv_dist.errors import UserError
+from skv_dist.errors import UserError, cause_in_one_line
 
 from .blocks import BLOCKS, Map
 
@@ -23,76 +25,150 @@ _NEEDED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-_DEFAULT_HEAD_DIM = {"qwen3": 128}  # what transformers takes where the file says nothing
+# Where config.json does not say, transformers' own defaults hold, which differ between the architectures.
+_DEFAULTED = (
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "initializer_range",
+    "sliding_window",
+    "use_sliding_window",
+)
+_ROPE_FIELDS = {*_LLAMA3, "rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_FIELDS = {  # of config.json, by key of the model section
+    "num_layers": "num_hidden_layers",
+    "ffn_hidden_size": "intermediate_size",
+    "num_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+    "rope_scaling": "rope_parameters",
+}
 
 
 def model_section(config: dict[str, Any]) -> dict[str, Any]:
-    """The ``model`` section for ``config.json``'s content.
+    """The ``model`` section for ``config.json``'s content, which `complete` has completed.
 
     Raises:
         UserError: naming the field that our model cannot represent, or that is missing.
     """
     _refuse_what_we_lack(config)
-    model_type, heads = config["model_type"], config["num_attention_heads"]
-    rope = _rope(config)
-    return {
+    heads, rope = config["num_attention_heads"], _rope(config)
+    section = {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
         "ffn_hidden_size": config["intermediate_size"],
         "num_attention_heads": heads,
         "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or _DEFAULT_HEAD_DIM.get(model_type) or config["hidden_size"] // heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
         "vocab_size": config["vocab_size"],
         "max_position_embeddings": config["max_position_embeddings"],
         "norm_eps": config["rms_norm_eps"],
-        "qk_norm": model_type == "qwen3",
-        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        "rope_scaling": {key: rope[key] for key in _LLAMA3} if _rope_type(rope) == "llama3" else None,
-        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "qk_norm": config["model_type"] == "qwen3",
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": _llama3(rope, config) if _rope_type(rope) == "llama3" else None,
+        "tie_embeddings": bool(config.get("tie_word_embeddings")),
         "init_std": config.get("initializer_range", 0.02),
     }
+    try:
+        ModelConfig.model_validate(section)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = f"{_FIELDS.get(str(problem['loc'][0]), problem['loc'][0])}: " if problem["loc"] else ""
+        raise UserError(f"config.json: {field}{problem['msg']}") from error
+    return section
 
 
-def _refuse_what_we_lack(config: dict[str, Any]) -> None:
-    """Raises UserError naming the first field that our model cannot represent, or that is missing."""
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """``config.json`` with what transformers takes for fields that are not there: mistral's sliding window, say.
 
-    def refuse(field: str, wanted: str) -> NoReturn:
-        raise UserError(f"config.json: {field} is {config.get(field)!r}, but only {wanted} can be converted")
+    Raises:
+        UserError: the model is of another type, or a field that has no right default is missing.
+    """
+    from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
-        refuse("model_type", "llama, qwen3 (dense) and mistral")
+        _refuse(config, "model_type", "llama, qwen3 (dense) and mistral")
     for field in _NEEDED:
-        if field not in config:
+        if config.get(field) is None:
             raise UserError(f"config.json: {field} is missing")
-    if config.get("hidden_act", "silu") != "silu":
-        refuse("hidden_act", "'silu'")
+        if isinstance(config[field], bool) or not isinstance(config[field], int | float):
+            _refuse(config, field, "a number")
+        if config[field] <= 0:
+            _refuse(config, field, "a number above 0")
+    given = {field: config[field] for field in (*_NEEDED, *_DEFAULTED) if field in config}
+    try:
+        defaults = CONFIG_MAPPING[model_type](**given).to_dict()
+    except Exception as error:  # transformers raises a different class for each kind of value that it does not take
+        raise UserError(f"config.json: transformers does not take it: {cause_in_one_line(error)}") from error
+    return {**{field: defaults[field] for field in _DEFAULTED if field in defaults}, **config}
+
+
+def _refuse(config: dict[str, Any], field: str, wanted: str) -> NoReturn:
+    raise UserError(f"config.json: {field} is {config.get(field)!r}, but only {wanted} can be converted")
+
+
+def _refuse_what_we_lack(config: dict[str, Any]) -> None:
+    """Raises UserError naming the first field that our model cannot represent."""
+    wanted_name = ARCHITECTURES[config["model_type"]]
+    if config.get("architectures") and wanted_name not in config["architectures"]:
+        _refuse(config, "architectures", wanted_name)
+    if config.get("hidden_act") not in ("silu", "swish"):
+        _refuse(config, "hidden_act", "'silu'")
     for field in ("attention_bias", "mlp_bias"):
         if config.get(field):
-            refuse(field, "false")
-    if config.get("quantization_config"):
-        refuse("quantization_config", "weights that are not quantized")
-    slides = config.get("sliding_window") is not None and (model_type != "qwen3" or config.get("use_sliding_window"))
+            _refuse(config, field, "false")
+    for field in ("quantization_config", "compression_config"):
+        if config.get(field):
+            raise UserError(f"config.json: {field} says that the weights are quantized: only plain ones are converted")
+    slides = config.get("sliding_window") is not None
+    if config["model_type"] == "qwen3":
+        slides = slides and bool(config.get("use_sliding_window"))
     if slides and config["sliding_window"] < config["max_position_embeddings"]:
-        refuse("sliding_window", "full attention (null)")
+        _refuse(config, "sliding_window", "full attention (null)")
     if any(layer != "full_attention" for layer in config.get("layer_types") or []):
-        refuse("layer_types", "full_attention in every layer")
+        _refuse(config, "layer_types", "full_attention in every layer")
     rope = _rope(config)
     if _rope_type(rope) not in ("default", "llama3"):
         raise UserError(
             f"config.json: rope_type is {_rope_type(rope)!r}, but only 'default' and 'llama3' can be converted"
         )
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+    theta = rope.get("rope_theta")
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        raise UserError(f"config.json: rope_theta is {theta!r}, but it must be a number")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise UserError("config.json: partial_rotary_factor must be 1.0 to be converted")
+    unknown = sorted(rope.keys() - _ROPE_FIELDS)
+    if unknown:  # of other types of positions, or settings for each kind of layer
+        raise UserError(f"config.json: {unknown[0]} among the settings of rotary positions cannot be converted")
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings, under the old name and the new."""
-    return {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    """Rotary settings, under the old names and the new. Raises UserError where they are no object."""
+    merged: dict[str, Any] = {"rope_theta": config.get("rope_theta", 10000.0)}
+    for field in ("rope_scaling", "rope_parameters"):
+        value = config.get(field) or {}
+        if not isinstance(value, dict):
+            _refuse(config, field, "an object")
+        merged.update(value)
+    return merged
 
 
 def _rope_type(rope: dict[str, Any]) -> Any:
-    return rope.get("rope_type", rope.get("type", "default"))
+    return rope.get("rope_type", rope.get("type")) or "default"
+
+
+def _llama3(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of Llama 3's scaling. Raises UserError where one is missing."""
+    # As transformers has it where the original context is not said.
+    settings = {"original_max_position_embeddings": config["max_position_embeddings"], **rope}
+    for key in _LLAMA3:
+        if settings.get(key) is None:
+            raise UserError(f"config.json: rope_type is 'llama3', but {key} is missing")
+    return {key: settings[key] for key in _LLAMA3}
 
 
 def check_exportable(model: ModelConfig) -> None:
@@ -116,11 +192,11 @@ def stock_architecture(model: ModelConfig, asked: str | None) -> str:
     return asked or possible[0]
 
 
-def hf_config(model: ModelConfig, dtype: str, special: dict[str, int | None]) -> dict[str, Any]:
+def hf_config(model: ModelConfig, dtype: str, special: dict[str, Any]) -> dict[str, Any]:
     """The fields that all exports have.
 
     Args:
-        special: ``bos_token_id``, ``eos_token_id``, ``pad_token_id``.
+        special: ``bos_token_id``, ``eos_token_id`` (or a list of them), ``pad_token_id``.
     """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling is not None:
@@ -186,3 +262,19 @@ def map_of(config: dict[str, Any]) -> Map:
     layers = int(config["num_hidden_layers"])
     owners = layers - int(config.get("num_kv_shared_layers", 0))
     return tuple(config.get("kv_source_layers") or (min(layer, owners - 1) for layer in range(layers)))
+
+
+def shape_of(config: dict[str, Any]) -> ModelConfig:
+    """The shape of an exported model that runs code of ours: what decides on the size of its cache."""
+    return ModelConfig.model_validate(
+        {
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "ffn_hidden_size": config["intermediate_size"],
+            "num_attention_heads": config["num_attention_heads"],
+            "num_kv_heads": config["num_key_value_heads"],
+            "head_dim": config["head_dim"],
+            "vocab_size": config["vocab_size"],
+            "qk_norm": config["qk_norm"],
+        }
+    )

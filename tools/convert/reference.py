@@ -1,4 +1,4 @@
-"""What an exported model is compared with: the checkpoint itself, and a model in which no layer shares."""
+"""What an exported model is compared with beside the checkpoint: the text, and a model in which no layer shares."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from skv_dist.checkpoint.frozen_model import config_of, frozen_model
+from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
-from skv_dist.parallel.processes import groups
-from skv_dist.routing import RoutePlan
 
-from .blocks import Map
 from .hf_config import hf_config, shared_fields
 from .to_hf import copy_code, write_tensors
 
 Tokens = npt.NDArray[np.int64]
-LogProbs = npt.NDArray[np.float32]
 
 TEXT = (
     "A language model keeps the keys and values of every token it has read, in every layer. When some layers read "
@@ -57,27 +53,8 @@ def comparison_tokens(exported: Path, text: str, max_tokens: int) -> Tokens:
     return np.asarray([ids], dtype=np.int64)
 
 
-@torch.no_grad()
-def reference_log_probs(checkpoint: Path, tokens: Tokens, maps: set[Map], dtype: torch.dtype) -> dict[Map, LogProbs]:
-    """[1, s, V] of the checkpoint under each map: weights rounded to ``dtype``, computed in float32."""
-    run = config_of(checkpoint, [f"data.sequence_length={tokens.shape[1]}", "train.precision=fp32"])
-    world = groups.start(run.parallel)
-    engine = frozen_model(run, checkpoint, world)
-    for parameter in engine.model.parameters():
-        parameter.copy_(parameter.to(dtype))
-    log_probs = {}
-    for sources in maps:
-        logits = engine.forward(0, RoutePlan(sources), torch.from_numpy(tokens).to(world.device))
-        # The vocabulary is padded in the checkpoint's model.
-        log_probs[sources] = torch.log_softmax(logits[..., : run.vocab_size].float(), -1).cpu().numpy()
-    engine.close()
-    groups.stop()
-    return log_probs
-
-
-def write_unshared(checkpoint: Path, out: Path, dtype: str) -> None:
+def write_unshared(model: ModelConfig, out: Path, dtype: str) -> None:
     """A model whose cache has the same shape and in which no layer shares; all else is as small as can be."""
-    model = config_of(checkpoint).model
     changes = {"hidden_size": 8, "ffn_hidden_size": 8, "vocab_size": 8, "tie_embeddings": True, "block": "llama"}
     small = model.model_copy(update={**changes, "head_dim": model.kv_channels})
     layers = range(model.num_layers)

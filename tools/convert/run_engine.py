@@ -1,7 +1,10 @@
 """Running an exported folder in an inference engine, with that engine's own Python."""
 
+import importlib.util
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,18 @@ def run_engine(engine: str, python: str, folder: Path, tokens: Path, out: Path, 
         return dict(arrays)
 
 
+def require(python: str, module: str, cure: str) -> None:
+    """Raises UserError where the interpreter ``python`` cannot import ``module``, with the ``cure``."""
+    if python == sys.executable:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"{python} has no module {module}: {cure}")
+        return
+    try:
+        run_command([python, "-c", f"import {module}"])
+    except CommandError as error:
+        raise UserError(f"{python} cannot import {module} ({error}): {cure}") from error
+
+
 def run_command(command: Sequence[str], **environment: str) -> str:
     """What it prints to standard output.
 
@@ -56,6 +71,10 @@ def run_command(command: Sequence[str], **environment: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     except OSError as error:
         raise UserError(f"{command[0]} cannot be run: {error.strerror}") from error
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        cause = ": the system may be out of memory" if name == "SIGKILL" else ""
+        raise CommandError(f"it was ended by {name}{cause}", done.stdout + done.stderr)
     if done.returncode:
         raise CommandError(_last_error(done.stderr), done.stdout + done.stderr)
     return done.stdout

@@ -1,6 +1,7 @@
 """A checkpoint of any layout to a folder that inference engines load."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.frozen_model import config_of
 from skv_dist.checkpoint.load import read_tensors, tensor_shapes
+from skv_dist.checkpoint.travelling import generation_settings, origin_of, tokenizer_of
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
 
@@ -28,6 +30,7 @@ from .hf_config import (
     stock_fields,
 )
 from .names import Entry, entries, is_left_out, split
+from .progress import Progress
 from .tokenizer import save_tokenizer
 
 MODELS = Path(models.__file__).parent  # holds `CODE`
@@ -62,8 +65,19 @@ class Export:
         return range(len(self.sources)) if self.adaptive else sorted(set(self.sources))
 
 
-def write_folder(checkpoint: Path, out: Path, export: Export) -> None:
+def check_expressible(checkpoint: Path, export: Export) -> None:
+    """Raises UserError where the export cannot be written, whatever the weights are."""
+    model = config_of(checkpoint).model
+    check_exportable(model)
+    _architecture_fields(model, export)
+    _check_complete(checkpoint, model)
+
+
+def write_folder(checkpoint: Path, out: Path, export: Export, name: str | None = None) -> None:
     """Write the whole export but its model card into the folder ``out``. One tensor is in memory at a time.
+
+    Args:
+        name: what ``out`` will be called, in lines of progress.
 
     Raises:
         UserError: the checkpoint is damaged, or cannot be expressed.
@@ -73,19 +87,27 @@ def write_folder(checkpoint: Path, out: Path, export: Export) -> None:
     model = run.model
     check_exportable(model)
     dtype = export.dtype or {"bf16": "bfloat16", "fp32": "float32"}[run.train.precision]
-    special = save_tokenizer(run.data.tokenizer, out)
-    config = {**hf_config(model, dtype, special), **_architecture_fields(model, export)}
+    architecture = _architecture_fields(model, export)
+    _check_complete(checkpoint, model)
+    tokenizer = tokenizer_of(checkpoint, run.data.tokenizer)
+    tokens = {key: value for key, value in save_tokenizer(tokenizer, out).items() if value is not None}
+    generation = {**tokens, **generation_settings(origin_of(checkpoint), tokenizer)}
+    special = {key: generation.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = {**hf_config(model, dtype, special), **architecture}
     _write_json(out / "config.json", config)
-    _write_json(out / "generation_config.json", {key: value for key, value in special.items() if value is not None})
+    _write_json(out / "generation_config.json", generation)
     if config["model_type"] == OUR_MODEL_TYPE:
         copy_code(out)
-    _check_complete(checkpoint, model)
+    progress = Progress(
+        f"{name or out}", 4 * sum(math.prod(shape) for e in entries(model) for shape in e.theirs.values())
+    )
 
     def read(entry: Entry) -> Sequence[torch.Tensor]:
         if entry.ours is None:
             return [torch.full(shape, entry.value) for shape in entry.theirs.values()]
-        name = f"model.{entry.ours}"
-        return split(entry, read_tensors(checkpoint, [name])[name], model)
+        tensor = read_tensors(checkpoint, [f"model.{entry.ours}"])[f"model.{entry.ours}"]
+        progress.add(tensor.nbytes)
+        return split(entry, tensor, model)
 
     write_tensors(out, model, export.weight_layers, dtype, export.shard_bytes, read)
 

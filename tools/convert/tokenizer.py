@@ -3,16 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from skv_dist.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from skv_dist.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 
-def save_tokenizer(name: str, out: Path) -> dict[str, int | None]:
-    """Save the tokenizer ``data.tokenizer`` into ``out``; its ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
-
-    Raises:
-        UserError: it cannot be loaded any more.
-    """
-    loaded = load_tokenizer(name)
+def save_tokenizer(loaded: Tokenizer, out: Path) -> dict[str, int | None]:
+    """Save a tokenizer into ``out``; its ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``."""
     tokenizer = loaded.stock if isinstance(loaded, HuggingFaceTokenizer) else _bytes_tokenizer()
     tokenizer.save_pretrained(out)
     return {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}

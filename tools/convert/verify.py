@@ -6,67 +6,164 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from skv_dist.checkpoint.frozen_model import config_of
+from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
 from skv_dist.routing import map_from_retention
 
 from ..weights import DTYPES
 from .blocks import Map
-from .findings import Finding
-from .hf_config import CODE, OUR_MODEL_TYPE, map_of
+from .findings import FLOAT64_LIMIT, Finding, float32_limit
+from .hf_config import CODE, OUR_MODEL_TYPE, map_of, shape_of
 from .hf_folder import read_json
-from .reference import TEXT, LogProbs, comparison_tokens, reference_log_probs, write_unshared
-from .run_engine import run_engine
+from .layerwise import LogProbs, checkpoint_log_probs
+from .reference import TEXT, Tokens, comparison_tokens, write_unshared
+from .run_engine import Arrays, run_engine
 from .to_hf import MODELS
 
 
 def verify(
-    checkpoint: Path, exported: Path, engine: str, python: str = sys.executable, text: str = TEXT, max_tokens: int = 64
+    checkpoint: Path,
+    exported: Path,
+    engine: str,
+    python: str = sys.executable,
+    text: str = TEXT,
+    max_tokens: int = 64,
+    asked: Map | None = None,
 ) -> list[Finding]:
     """Compare an exported folder with its checkpoint; one finding for each map that is tried.
 
-    The checkpoint's weights are rounded to the exported type, and both sides compute in float32.
+    The checkpoint's weights are rounded to the exported type, and it computes in float64. So does transformers; of the
+    other engines, which compute in float32, it is known what that rounds away. This process holds one layer and the
+    embedding in float64, the engine's the folder, and one weight in float64 or what the engine takes.
 
     Args:
         engine: one of `run_engine.ENGINES`.
         python: the interpreter that has the engine.
         max_tokens: the text is cut to so many tokens.
+        asked: the map that the folder was to have; None: the one that it says it has.
 
     Raises:
         UserError: a folder cannot be read, or the engine fails.
     """
     config = read_json(exported / "config.json")
     _check_code(exported, config)
-    maps = _maps_to_try(config, engine)
+    own, maps = map_of(config), _maps_to_try(config, engine)
+    if asked is not None:
+        maps = list(dict.fromkeys([asked, *(sources for sources in maps if sources != own)]))
     wrong_map = {sources: _another(sources) for sources in maps}
     tokens = comparison_tokens(exported, text, max_tokens)
-    expected = reference_log_probs(checkpoint, tokens, {*maps, *wrong_map.values()}, DTYPES[config["dtype"]])
+    cases = [(sources, torch.float64) for sources in dict.fromkeys([*maps, *wrong_map.values()])]
+    if engine != "transformers":
+        cases += [(sources, torch.float32) for sources in maps]
+    expected = checkpoint_log_probs(checkpoint, tokens, cases, DTYPES[config["dtype"]])
+
+    def limit(sources: Map) -> float:
+        if engine == "transformers":
+            return FLOAT64_LIMIT
+        noise = largest_difference(expected[sources, torch.float32], expected[sources, torch.float64])
+        return float32_limit(noise)
+
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         np.save(work / "tokens.npy", tokens)
-        np.save(work / "few.npy", np.full((1, 16), 2, np.int64))
-        write_unshared(checkpoint, work / "unshared", config["dtype"])
-        unshared = run_engine(engine, python, work / "unshared", work / "few.npy", work / "unshared.npz")
+        unshared = _unshared_bytes(config_of(checkpoint).model, work, engine, python, config["dtype"])
         findings = []
         for sources in maps:
-            options = [] if sources == map_of(config) else ["--kv-source-layers", *map(str, sources)]
+            options = [] if sources in (own, asked) else ["--kv-source-layers", *map(str, sources)]
             measured = run_engine(engine, python, exported, work / "tokens.npy", work / "measured.npz", *options)
-            findings.append(
-                Finding(
-                    engine,
-                    sources,
-                    prefill=largest_difference(measured["prefill"], expected[sources]),
-                    stepwise=largest_difference(measured["stepwise"], expected[sources]),
-                    wrong_map=largest_difference(measured["prefill"], expected[wrong_map[sources]]),
-                    cache_bytes=float(measured["cache_bytes_per_token"]),
-                    unshared_bytes=float(unshared["cache_bytes_per_token"]),
-                    how=str(measured["cache_measured"]),
-                )
-            )
+            right, other = expected[sources, torch.float64], wrong_map[sources]
+            wrong = None if other == sources else expected[other, torch.float64]  # a model of one layer has no other
+            findings.append(_finding(engine, sources, measured, right, wrong, limit(sources), unshared))
     return findings
 
 
+def verify_onnx(exported: Path, onnx: Path, python: str = sys.executable) -> list[Finding]:
+    """Compare what `export_onnx` wrote, in ONNX Runtime, with the exported folder that it was made from.
+
+    The folder runs in transformers. Memory: that of the larger of both, one after the other; ONNX Runtime holds all
+    weights in float32.
+
+    Raises:
+        UserError: a folder cannot be read, or an engine fails.
+    """
+    config = read_json(exported / "config.json")
+    _check_code(exported, config)
+    sources = map_of(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        np.save(work / "tokens.npy", comparison_tokens(exported, TEXT, 64))
+
+        def run(*options: str) -> Any:
+            files = work / "tokens.npy", work / "expected.npz"
+            return run_engine("transformers", sys.executable, exported, *files, *options)["prefill"]
+
+        right, narrow = run(), run("--dtype", "float32")
+        other = another_of_folder(sources)
+        wrong = None if other is None else run("--kv-source-layers", *map(str, other))
+        unshared = _unshared_bytes(shape_of(config), work, "onnx", python, "float32")
+        measured = run_engine("onnx", python, onnx, work / "tokens.npy", work / "measured.npz")
+    limit = float32_limit(largest_difference(narrow, right))
+    return [_finding("onnx", sources, measured, right, wrong, limit, unshared)]
+
+
+def verify_start(source: Path, checkpoint: Path, tokens: Tokens) -> list[Finding]:
+    """Compare a checkpoint with the Hugging Face folder that it was made from, which runs in transformers.
+
+    Raises:
+        UserError: a folder cannot be read, or transformers fails.
+    """
+    config = read_json(source / "config.json")
+    full = tuple(range(int(config["num_hidden_layers"])))
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        np.save(work / "tokens.npy", tokens)
+        measured = run_engine("transformers", sys.executable, source, work / "tokens.npy", work / "measured.npz")
+    other = _another(full)
+    stored = DTYPES[str(measured["stored"])]
+    cases = [(full, torch.float64), (other, torch.float64)]
+    expected = checkpoint_log_probs(checkpoint, tokens, dict.fromkeys(cases), stored)
+    right, wrong = (expected[case] for case in cases)
+    held = float(measured["cache_bytes_per_token"])
+    return [_finding("transformers", full, measured, right, wrong if other != full else None, FLOAT64_LIMIT, held)]
+
+
+def _finding(
+    engine: str,
+    sources: Map,
+    measured: Arrays,
+    right: LogProbs,
+    wrong: LogProbs | None,
+    limit: float,
+    unshared_bytes: float,
+) -> Finding:
+    return Finding(
+        engine,
+        sources,
+        prefill=largest_difference(measured["prefill"], right),
+        stepwise=largest_difference(measured["stepwise"], right),
+        limit=limit,
+        wrong_map=None if wrong is None else largest_difference(measured["prefill"], wrong),
+        cache_bytes=float(measured["cache_bytes_per_token"]),
+        unshared_bytes=unshared_bytes,
+        how=str(measured["cache_measured"]),
+    )
+
+
+def _unshared_bytes(model: ModelConfig, work: Path, engine: str, python: str, dtype: str) -> float:
+    """Bytes of cache a token that the engine holds for a model of this shape in which no layer shares."""
+    np.save(work / "few.npy", np.full((1, 16), 2, np.int64))
+    write_unshared(model, work / "unshared", dtype)
+    measured = run_engine(engine, python, work / "unshared", work / "few.npy", work / "unshared.npz")
+    return float(measured["cache_bytes_per_token"])
+
+
 def largest_difference(one: LogProbs, other: LogProbs) -> float:
+    """Infinite where the shapes differ: another vocabulary, say."""
+    if one.shape != other.shape:
+        return float("inf")
     return float(np.max(np.abs(one - other)))
 
 
@@ -84,6 +181,16 @@ def _maps_to_try(config: dict[str, Any], engine: str) -> list[Map]:
     if engine != "transformers" or not is_adaptive:
         return [sources]
     return list(dict.fromkeys([sources, *(map_from_retention(layers, retention) for retention in (1.0, 0.5, 0.25))]))
+
+
+def another_of_folder(sources: Map) -> Map | None:
+    """A map of the same owners, which a folder without further K/V weights can run; None where there is no other."""
+    owners = sorted(set(sources))
+    for layer in reversed(range(len(sources))):
+        others = [owner for owner in owners if owner < layer and owner != sources[layer]]
+        if sources[layer] != layer and others:
+            return (*sources[:layer], others[0], *sources[layer + 1 :])
+    return None
 
 
 def _another(sources: Map) -> Map:

@@ -27,7 +27,7 @@ def engines_forked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_engine, "subprocess", SimpleNamespace(run=run_forked))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 with bytes for tokens, converted to ours."""
     from skv_tools.convert.from_hf import from_hf

@@ -60,6 +60,41 @@ def make(kind: str, tied: bool = False, scaled: bool = False, layers: int = LAYE
     return made
 
 
+def make_with_outliers() -> Any:
+    """A ``llama`` in whose residual stream two entries are thousands of times larger than the others, which the norms
+    bring up again: float32 rounds away what the others say, as it does in trained models."""
+    model, outliers = make("llama"), [5, 17]
+    with torch.no_grad():
+        for layer in model.model.layers[1:3]:
+            layer.mlp.down_proj.weight[outliers] *= 3000
+        for layer in model.model.layers[3:]:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                large = norm.weight * 500
+                large[outliers] = norm.weight[outliers]
+                norm.weight.copy_(large)
+            if layer is not model.model.layers[-1]:
+                layer.self_attn.q_proj.weight *= 8
+                layer.self_attn.k_proj.weight *= 8
+        model.model.norm.weight *= 10
+        model.model.norm.weight[outliers] /= 100
+    return model
+
+
 def save(model: Any, folder: Path, shard: str = "1GB") -> Path:
     model.save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+def words_tokenizer() -> Any:
+    """61 words and an end of turn, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1, "<pad>": 2, **{f"w{number}": number for number in range(3, 61)}, "<end>": 61}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
+    )
+    made.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{% endfor %}"
+    return made

@@ -108,11 +108,13 @@ def test_the_exported_model_is_the_checkpoint_under_its_map(
     (out / "config.json").write_text(json.dumps({**config, "kv_source_layers": wrong}))
     # The runner is told another map than the one the reference gets.
     import numpy as np
-    from skv_tools.convert.reference import TEXT, comparison_tokens, reference_log_probs
+    from skv_tools.convert.layerwise import checkpoint_log_probs
+    from skv_tools.convert.reference import TEXT, comparison_tokens
     from skv_tools.convert.verify import largest_difference
 
     tokens, sources = comparison_tokens(out, TEXT, 32), tuple(MAPS[name])
-    right = reference_log_probs(checkpoint, tokens, {sources}, torch.float32)[sources]
+    case = (sources, torch.float64)
+    right = checkpoint_log_probs(checkpoint, tokens, [case], torch.float32)[case]
     np.save(tmp_path / "tokens.npy", tokens)
     measured = run_engine.run_engine(engine, sys.executable, out, tmp_path / "tokens.npy", tmp_path / "measured.npz")
     assert largest_difference(measured["prefill"], right) > 0.1
@@ -131,7 +133,7 @@ def test_loading_generating_and_an_adaptive_folder(call: Call, checkpoint: Path,
         tensors = [getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values")]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
     assert tokenizer("naïve 1+1", add_special_tokens=True)["input_ids"] == [b + 3 for b in "naïve 1+1".encode()]
     assert tokenizer.decode(tokenizer("naïve 1+1")["input_ids"]) == "naïve 1+1"
     tokens = torch.tensor([tokenizer("one layer reads")["input_ids"]] * 2)
@@ -201,3 +203,21 @@ def test_an_engine_runs_in_an_interpreter_of_its_own(
 ) -> None:
     monkeypatch.setattr(run_engine, "subprocess", subprocess)
     assert call("to-hf", checkpoint, tmp_path / "out", "--kv-source-layers", *MAPS["irregular"]) == 0
+
+
+def test_what_is_written_for_onnx_is_compared(
+    call: Call, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        pytest.skip("onnxruntime-genai has no wheel for this platform")
+    from skv_tools.engines.export.onnx_genai import decoder
+
+    assert call("to-hf", checkpoint, tmp_path / "out", "--kv-source-layers", *MAPS["arbitrary"], "--no-verify") == 0
+    assert call("to-onnx", tmp_path / "out", tmp_path / "onnx") == 0
+    assert "| onnx | 3 of 8 |" in capsys.readouterr().out
+    tables = decoder.rotary_tables
+    monkeypatch.setattr(decoder, "rotary_tables", lambda config: [table[:, ::-1] for table in tables(config)])
+    assert call("to-onnx", tmp_path / "out", tmp_path / "wrong") == 2
+    assert str(tmp_path / "wrong.failed") in capsys.readouterr().err
+    assert (tmp_path / "wrong.failed" / "FAILED.md").exists()
+    assert not (tmp_path / "wrong").exists()

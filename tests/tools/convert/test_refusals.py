@@ -78,3 +78,34 @@ def test_damaged_folders_are_named(call: Call, tmp_path: Path, capsys: pytest.Ca
     assert call("from-hf", source, tmp_path / "ours") == 2
     assert "holds no tokenizer" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "whole"}
+
+
+def test_what_the_onnx_runtime_refuses_is_refused_before_anything_is_written(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(make("llama", layers=2), tmp_path / "hf")
+    assert call("from-hf", tmp_path / "hf", tmp_path / "ours", "--tokenizer", "byte", "--no-verify") == 0
+    assert call("to-hf", tmp_path / "ours", tmp_path / "out", "--adaptive", "--no-verify") == 0
+    assert call("to-hf", tmp_path / "ours", tmp_path / "stock", "--no-verify") == 0
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for given, message in {
+        "out": "head_dim is 8, but ONNX Runtime's GroupQueryAttention",
+        "stock": "holds a 'llama' model",
+        "ours": "cannot read",
+        "gone": "cannot read",
+    }.items():
+        capsys.readouterr()
+        assert call("to-onnx", tmp_path / given, tmp_path / "deep" / "onnx") == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count("\n") == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_folder_of_another_kind_is_named(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(make("llama", layers=2), tmp_path / "hf")
+    capsys.readouterr()
+    assert call("to-hf", tmp_path / "hf", tmp_path / "out") == 2
+    assert "it is a Hugging Face folder; `skv-convert from-hf" in capsys.readouterr().err
+    assert call("verify", tmp_path / "hf", tmp_path / "hf") == 2
+    assert "it is a Hugging Face folder" in capsys.readouterr().err

@@ -3,6 +3,6 @@
 Imports nothing of ours, so that `runners/run_onnx.py` can use it in a Python that has no skv-dist.
 """
 
-from .folder import export_onnx
+from .folder import check_expressible, export_onnx
 
-__all__ = ["export_onnx"]
+__all__ = ["check_expressible", "export_onnx"]

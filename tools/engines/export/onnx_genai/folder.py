@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .decoder import add_decoder, cache_names
+from .decoder import add_decoder, cache_names, rotary_tables
 from .graph import MICROSOFT, Graph
 from .weights import Array, map_weights
 
+_HEAD_MULTIPLE = 16
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "min_length", "num_beams")
 _NOT_COPIED = {"config.json", "generation_config.json", "model.safetensors.index.json"}  # all else is the tokenizer's
 
 
@@ -23,25 +25,56 @@ def export_onnx(folder: Path, out: Path) -> None:
     Raises:
         ValueError: the folder cannot be expressed.
     """
-    try:
-        import onnx
-        from onnx import helper
-    except ImportError as error:
-        raise ValueError("writing an ONNX model needs the package onnx: pip install onnx") from error
+    config, weights = check_expressible(folder)
+    import onnx
+    from onnx import helper
 
-    config = json.loads((folder / "config.json").read_text())
-    weights = map_weights(folder)
-    _check(config, weights, folder)
     with Graph(out) as graph:
         add_decoder(graph, config, weights)
     body = helper.make_graph(graph.nodes, "skv", _inputs(config), _outputs(config), graph.initializers)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
     model = helper.make_model(body, opset_imports=opsets, ir_version=10, producer_name="skv-dist")
     onnx.save(model, out / "model.onnx")
-    (out / "genai_config.json").write_text(json.dumps(_genai_config(config), indent=2) + "\n")
+    sampling_file = folder / "generation_config.json"
+    sampling = json.loads(sampling_file.read_text(encoding="utf-8")) if sampling_file.exists() else {}
+    (out / "genai_config.json").write_text(json.dumps(_genai_config(config, sampling), indent=2) + "\n")
     for path in folder.iterdir():
         if path.suffix in (".json", ".jinja", ".model", ".txt") and path.name not in _NOT_COPIED:
             shutil.copy(path, out)
+
+
+def check_expressible(folder: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """``config.json`` and the weights, of which no bytes are read.
+
+    Raises:
+        ValueError: the folder cannot be read or expressed, or the package onnx is missing.
+    """
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise ValueError("writing an ONNX model needs the package onnx: pip install onnx") from error
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {folder / 'config.json'}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    _check_type(config, folder)
+    weights = map_weights(folder)
+    _check(config, weights, folder)
+    rotary_tables({**config, "max_position_embeddings": 1})
+    return config, weights
+
+
+def _check_type(config: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError where the folder is no exported one of ours, or the runtime would refuse it."""
+    if config.get("model_type") != "skv":
+        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, not 'skv': use that model's converter")
+    if config["head_dim"] % _HEAD_MULTIPLE:
+        raise ValueError(
+            f"{folder}: head_dim is {config['head_dim']}, but ONNX Runtime's GroupQueryAttention rotates heads whose "
+            f"width is a multiple of {_HEAD_MULTIPLE} only: this model cannot run there"
+        )
 
 
 def _check(config: dict[str, Any], weights: dict[str, Array], folder: Path) -> None:
@@ -50,8 +83,6 @@ def _check(config: dict[str, Any], weights: dict[str, Array], folder: Path) -> N
     Raises:
         ValueError: the folder holds another model, its map is not one, or weights that the map needs are missing.
     """
-    if config.get("model_type") != "skv":
-        raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, not 'skv': use that model's converter")
     sources = config["kv_source_layers"]
     if config.get("kv_retention") is not None:
         raise ValueError(f"{folder}/config.json sets kv_retention: set the kv_source_layers that it means instead")
@@ -95,9 +126,13 @@ def _num_caches(config: dict[str, Any]) -> int:
     return len(set(config["kv_source_layers"]))
 
 
-def _genai_config(config: dict[str, Any]) -> dict[str, Any]:
-    """What the runtime needs to know. ``num_hidden_layers`` is the number of caches that it allocates."""
-    ends = config.get("eos_token_id")
+def _genai_config(config: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
+    """What the runtime needs to know. ``num_hidden_layers`` is the number of caches that it allocates.
+
+    Args:
+        sampling: ``generation_config.json``.
+    """
+    ends = sampling.get("eos_token_id", config.get("eos_token_id"))
     end = ends[0] if isinstance(ends, list) else ends
     pad = config.get("pad_token_id")
     past = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}
@@ -122,5 +157,6 @@ def _genai_config(config: dict[str, Any]) -> dict[str, Any]:
         "type": "qwen3" if config["qk_norm"] else "llama",
         "vocab_size": config["vocab_size"],
     }
-    search = {"do_sample": False, "max_length": config["max_position_embeddings"], "past_present_share_buffer": True}
+    search = {"do_sample": False, **{key: sampling[key] for key in _SAMPLING if sampling.get(key) is not None}}
+    search |= {"max_length": config["max_position_embeddings"], "past_present_share_buffer": True}
     return {"model": {key: value for key, value in model.items() if value is not None}, "search": search}
