@@ -129,11 +129,12 @@ def _start(job: Job, devices: Sequence[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
-def execute(jobs: Sequence[Job], num_gpus: int, at_a_time: int, seconds: float) -> None:
+def execute(jobs: Sequence[Job], num_gpus: int, at_a_time: int, seconds: float, limit: float) -> None:
     """Run what has not been run, each job on the least used GPUs, at most so many processes at a time.
 
     Args:
         seconds: after so long, none is started any more.
+        limit: a job that takes longer is ended, and counts as failed.
     """
     waiting = [job for job in jobs if not job.ended.exists()]
     running: list[tuple[Job, list[str], subprocess.Popen[bytes], float]] = []
@@ -148,6 +149,9 @@ def execute(jobs: Sequence[Job], num_gpus: int, at_a_time: int, seconds: float) 
                 running.append((job, devices, _start(job, devices), time.monotonic()))
                 continue
             time.sleep(0.2)
+            for _, _, process, at in running:
+                if time.monotonic() - at > limit:
+                    process.terminate()
             for entry in [entry for entry in running if entry[2].poll() is not None]:
                 job, _, process, at = entry
                 running.remove(entry)
@@ -368,6 +372,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sequence-length", type=int, default=2048, metavar="N", help="speed (default: 2048)")
     parser.add_argument("--at-a-time", type=int, default=24, metavar="N", help="parity: processes (default: 24)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no more runs after so long")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="end a run that takes more seconds")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the parity or speed runs, by name")
     arguments = parser.parse_intermixed_args(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `execute` then ends what it started
@@ -388,7 +393,7 @@ def main(argv: list[str]) -> int:
         if unknown:
             raise UserError(f"--only {', '.join(sorted(unknown))}: choose from {'; '.join(job.name for job in jobs)}")
         jobs = [job for job in jobs if job.name in arguments.only]
-    execute(jobs, num_gpus, at_a_time, arguments.seconds)
+    execute(jobs, num_gpus, at_a_time, arguments.seconds, arguments.limit)
     return 0
 
 
