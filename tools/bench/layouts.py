@@ -310,7 +310,7 @@ def _since_the_loss(waits: Sequence[float]) -> list[float]:
 
 
 def _last_line_with_error(file: Path) -> str:
-    lines = [line for line in file.read_text(errors="replace").splitlines() if line.startswith("error:")]
+    lines = [line for line in file.read_text(errors="replace").splitlines() if "error: " in line]
     return lines[-1] if lines else "no line of its own"
 
 
