@@ -177,7 +177,7 @@ def _speed_jobs(folder: Path, options: Sequence[str]) -> list[Job]:
     jobs = []
     for name, (processes, micro_batch, accumulate, keys) in SPEED.items():
         place = folder / "speed" / _folder_name(name)
-        line = ["-m", "skv_tools.bench.train", "--rounds=1", "--steps=10", "--warmup=3", f"--micro-batch={micro_batch}"]
+        line = ["-m", "skv_tools.bench.train", "--rounds=1", "--steps=8", "--warmup=3", f"--micro-batch={micro_batch}"]
         line += [*options, "--accumulate", *map(str, accumulate), "--parallel", *keys]
         jobs.append(Job(name, processes, [*line, "--out", str(place / "report.json")], place))
     return jobs
@@ -373,6 +373,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--at-a-time", type=int, default=24, metavar="N", help="parity: processes (default: 24)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no more runs after so long")
     parser.add_argument("--limit", type=float, default=float("inf"), help="end a run that takes more seconds")
+    parser.add_argument("--before", metavar="COMMAND", help="speed: as of bench.train, to make the machine quiet")
+    parser.add_argument("--after", metavar="COMMAND", help="speed: as of bench.train")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the parity or speed runs, by name")
     arguments = parser.parse_intermixed_args(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # `execute` then ends what it started
@@ -387,6 +389,8 @@ def main(argv: list[str]) -> int:
         jobs, at_a_time = _parity_jobs(arguments.folder, arguments.overrides), arguments.at_a_time
     else:
         options = [f"--shape={arguments.shape}", f"--sequence-length={arguments.sequence_length}"]
+        options += [f"--before={arguments.before}"] if arguments.before else []
+        options += [f"--after={arguments.after}"] if arguments.after else []
         jobs, at_a_time = _speed_jobs(arguments.folder, options), 4
     if arguments.only:
         unknown = set(arguments.only) - {job.name for job in jobs}

@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import statistics
+import subprocess
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -172,6 +173,14 @@ def _measure(engine: Engine, run: RunConfig, world: World, warmup: int, profile:
     return watch
 
 
+def _run_command(command: str | None, world: World) -> None:
+    """On the first rank, while the others wait."""
+    if command is not None:
+        if world.is_first:
+            subprocess.run(command, shell=True, check=True)
+        dist.barrier()
+
+
 def _largest(value: float, world: World) -> float:
     """Of all ranks. Collective."""
     largest = torch.tensor(value, dtype=torch.float64, device=world.device)
@@ -200,6 +209,10 @@ def main(argv: list[str]) -> int:
         "--parallel", nargs="+", default=[], metavar="KEY=VALUE", help="other keys of the parallel section"
     )
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument(
+        "--before", metavar="COMMAND", help="run in front of the first turn that counts, such as to make the host quiet"
+    )
+    parser.add_argument("--after", metavar="COMMAND", help="run behind the last turn")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args(argv)
     if arguments.warmup >= arguments.steps:
@@ -218,9 +231,11 @@ def main(argv: list[str]) -> int:
             compiled = counters["stats"]["unique_graphs"]
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
+            _run_command(arguments.before, world)
         for name, run in runs.items():
             last = turn == arguments.rounds and arguments.profile and world.device.type == "cuda"
             watches_of[name].append(_measure(engine, run, world, arguments.warmup, last))
+    _run_command(arguments.after, world)
     flops = flops_per_token(first)
     peak = peak_flops(world.device)
     report: dict[str, Any] = {
