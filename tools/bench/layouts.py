@@ -177,7 +177,15 @@ def _speed_jobs(folder: Path, options: Sequence[str]) -> list[Job]:
     jobs = []
     for name, (processes, micro_batch, accumulate, keys) in SPEED.items():
         place = folder / "speed" / _folder_name(name)
-        line = ["-m", "skv_tools.bench.train", "--rounds=1", "--steps=8", "--warmup=3", f"--micro-batch={micro_batch}"]
+        line = [
+            "-m",
+            "skv_tools.bench.train",
+            "--rounds=1",
+            "--steps=8",
+            "--warmup=3",
+            "--compile-steps=3",
+            f"--micro-batch={micro_batch}",
+        ]
         line += [*options, "--accumulate", *map(str, accumulate), "--parallel", *keys]
         jobs.append(Job(name, processes, [*line, "--out", str(place / "report.json")], place))
     return jobs

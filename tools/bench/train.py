@@ -203,6 +203,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=2, help="turns of each policy (default: 2)")
     parser.add_argument("--steps", type=int, default=20, help="steps a turn (default: 20)")
     parser.add_argument("--warmup", type=int, default=5, help="of which so many are not counted (default: 5)")
+    parser.add_argument("--compile-steps", type=int, help="steps of the turn that compiles (default: as the others)")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--zero-stage", type=int, default=1)
     parser.add_argument(
@@ -233,6 +234,8 @@ def main(argv: list[str]) -> int:
                 torch.cuda.reset_peak_memory_stats()
             _run_command(arguments.before, world)
         for name, run in runs.items():
+            if turn == 0 and arguments.compile_steps is not None:
+                run = run.model_copy(update={"train": run.train.model_copy(update={"steps": arguments.compile_steps})})
             last = turn == arguments.rounds and arguments.profile and world.device.type == "cuda"
             watches_of[name].append(_measure(engine, run, world, arguments.warmup, last))
     _run_command(arguments.after, world)
