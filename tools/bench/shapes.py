@@ -49,13 +49,18 @@ def read_shape(name: str) -> ModelConfig:
 
 
 def run_config(
-    shape: ModelConfig, sequence_length: int, train: Mapping[str, Any], policy: str = "none", zero_stage: int = 0
+    shape: ModelConfig,
+    sequence_length: int,
+    train: Mapping[str, Any],
+    policy: str = "none",
+    parallel: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """A run on random tokens: nothing is read and nothing written.
 
     Args:
         train: the ``train`` section but for ``output_dir`` and ``precision``, which is bf16.
         policy: of ``routing``.
+        parallel: that section; without it ZeRO 0.
     """
     return RunConfig.model_validate(
         {
@@ -66,7 +71,7 @@ def run_config(
                 "sources": [{"path": "none", "format": "text"}],
                 "validation_fraction": 0.0,
             },
-            "parallel": {"zero_stage": zero_stage},
+            "parallel": parallel or {"zero_stage": 0},
             "train": {"output_dir": "unused", "precision": "bf16", **train},
             "optimizer": {"lr": 1e-4, "schedule": "constant"},
             "eval": {"every": 0},

@@ -12,8 +12,13 @@ command goes on where it was stopped. The file names:
     base: file.yaml                                         configuration that all runs have in common, beside this file
     seeds: [1, 2, 3]
     runs_per_gpu: 2
-    variants: {name: {set: [section.key=value, ...], runs_per_gpu: 3, more_seeds: [4, 5]}}
+    variants: {name: {set: [section.key=value, ...], runs_per_gpu: 3, more_seeds: [4, 5], cached_layers: [[0, 1]]}}
     compare: [[variant, variant], ...]                      differences to show, second minus first
+    compare_shares: [[variant@0.50, variant@1.00], ...]     the same between two shares of the cache
+    plots: folder                                           of figures, beside the page; none without it
+
+``cached_layers`` are sets of layers that keep a cache, under which the runs of a variant are measured behind their last
+step, beside the uniform groups of ``eval.retention``.
 
 All variants run with ``seeds``, in the order given; then those with ``more_seeds`` run with these too.
 """
@@ -37,13 +42,25 @@ from .page import page
 from .runs import Run, load
 
 TRAIN = "skv_dist.commands.train"  # the module behind skv-train
+EVALUATE = "skv_dist.commands.evaluate"  # the module behind skv-eval
 
 
 def start(run: Run, device: str) -> subprocess.Popen[bytes]:
+    """The training of a run."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "maps.txt").unlink(missing_ok=True)  # of an evaluation that failed: it is made again
+    return _module(TRAIN, run.arguments, run.folder / "output.txt", device)
+
+
+def evaluate(run: Run, device: str) -> subprocess.Popen[bytes]:
+    """The evaluation of a run that has ended, at its ``cached_layers``."""
+    return _module(EVALUATE, run.evaluation, run.folder / "maps.txt", device)
+
+
+def _module(module: str, arguments: Sequence[str], out: Path, device: str) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"} | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
-    with (run.folder / "output.txt").open("wb") as output:
-        line = [sys.executable, "-m", TRAIN, *run.arguments]
+    with out.open("wb") as output:
+        line = [sys.executable, "-m", module, *arguments]
         return subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
@@ -61,12 +78,17 @@ def execute(runs: Sequence[Run], devices: Sequence[str], say: Callable[[str], No
                     running.append((run, device, start(run, device), time.time()))
             time.sleep(1)
             for entry in [entry for entry in running if entry[2].poll() is not None]:
-                run, _, process, began = entry
+                run, device, process, began = entry
                 running.remove(entry)
                 seconds = time.time() - began
-                if process.returncode or not run.complete:
+                trained = process.returncode == 0 and run.complete
+                if trained and run.cached_layers and not run.maps.exists() and not (run.folder / "maps.txt").exists():
+                    running.append((run, device, evaluate(run, device), began))
+                    continue
+                if not trained or (run.cached_layers and not run.maps.exists()):
                     failed += 1
-                    last = (run.folder / "output.txt").read_text(errors="replace").strip().splitlines()[-1:]
+                    output = run.folder / ("maps.txt" if trained else "output.txt")
+                    last = output.read_text(errors="replace").strip().splitlines()[-1:]
                     say(f"{run.variant}, seed {run.seed}: failed: {' '.join(last)}")
                     continue
                 record = {"began": datetime.datetime.fromtimestamp(began).isoformat("T", "seconds"), "seconds": seconds}
@@ -103,6 +125,11 @@ def main(argv: list[str]) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(arguments.study, study, runs, TRAIN), encoding="utf-8")
     print(f"wrote {out}")
+    if "plots" in study:
+        from .plots import plot
+
+        plot(runs, Path(study["plots"]))
+        print(f"wrote the figures in {study['plots']}")
     return 1 if failed else 0
 
 

@@ -16,6 +16,7 @@ from skv_dist.errors import UserError
 from .runs import Run
 
 LOSS = "eval/loss@"
+LAYERS = "loss@layers "
 # Student's t at 97.5 %, by degrees of freedom
 _T = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 _LOSSES = """Validation loss in nats per token after the last step, mean ± standard deviation over seeds. All runs are
@@ -25,7 +26,7 @@ of the mean difference, and its 95 % interval by Student's t, which is wide with
 errors."""
 
 
-class _Result:
+class Result:
     """What a finished run left in its folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -34,6 +35,9 @@ class _Result:
         self.output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
         self.config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         self.losses: dict[int, dict[str, float]] = {}  # step to retention to loss
+        maps = folder / "maps.json"
+        at_maps = json.loads(maps.read_text(encoding="utf-8")) if maps.exists() else {}
+        self.maps = {name.removeprefix(LAYERS): loss for name, loss in at_maps.items() if name.startswith(LAYERS)}
         for line in self.metrics:
             values = {name.removeprefix(LOSS): value for name, value in line.items() if name.startswith(LOSS)}
             if values:
@@ -72,7 +76,7 @@ def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> 
     done = [run for run in runs if run.record is not None]
     if not done:
         raise UserError(f"no run of {file} is finished yet")
-    results = {(run.variant, run.seed): _Result(run.folder) for run in done}
+    results = {(run.variant, run.seed): Result(run.folder) for run in done}
     first = next(iter(results.values()))
     shares = {f"{r:.2f}": f"{100 * r:g} %" for r in sorted(first.config["eval"]["retention"], reverse=True)}
     steps = sorted(set.intersection(*(set(one.losses) for one in results.values())))
@@ -102,6 +106,30 @@ def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> 
         cells = [difference([after[share] - before[share] for before, after in pairs]) for share in shares]
         rows.append([f"{other} minus {one}", str(len(both)), *cells])
     text += f"\n## Differences, paired by seed\n\n{_DIFFERENCES}\n\n{table(['', 'seeds', *shares.values()], rows)}"
+
+    rows = []
+    for one, other in study.get("compare_shares", []):
+        (before, share), (after, other_share) = one.split("@"), other.split("@")
+        both = [seed for seed in seeds.get(before, []) if seed in seeds.get(after, [])]
+        pairs = [
+            (results[before, seed].losses[last][share], results[after, seed].losses[last][other_share]) for seed in both
+        ]
+        cells = [spread([pair[0] for pair in pairs]), spread([pair[1] for pair in pairs])]
+        names_of = [f"{name} at {shares[part]}" for name, part in ((after, other_share), (before, share))]
+        rows.append(
+            [" minus ".join(names_of), str(len(both)), cells[1], cells[0], difference([b - a for a, b in pairs])]
+        )
+    if rows:
+        text += "\n## Differences between shares of the cache, paired by seed\n\n"
+        text += table(["", "seeds", "first", "second", "difference"], rows)
+
+    rows = []
+    for name in names:
+        for layers in results[name, seeds[name][0]].maps:
+            values = [results[name, seed].maps[layers] for seed in seeds[name]]
+            rows.append([name, layers, str(len(values)), spread(values)])
+    if rows:
+        text += f"\n## With other layers cached\n\n{table(['', 'layers that keep a cache', 'seeds', 'loss'], rows)}"
 
     rows = []
     for (name, seed), one in results.items():

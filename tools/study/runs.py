@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,19 @@ class Run:
     folder: Path
     arguments: list[str]
     share: float  # of a GPU
+    cached_layers: list[list[int]] = field(default_factory=list)  # sets of owners to measure behind the last step
+
+    @property
+    def maps(self) -> Path:
+        """The losses under `cached_layers`, as ``skv-eval --json`` writes them."""
+        return self.folder / "maps.json"
+
+    @property
+    def evaluation(self) -> list[str]:
+        """The arguments of ``skv-eval`` for `cached_layers`."""
+        steps = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))["train"]["steps"]
+        line = [str(self.folder / "checkpoints" / f"step_{steps:08d}"), "--json", str(self.maps)]
+        return line + [text for layers in self.cached_layers for text in ("--cached-layers", *map(str, layers))]
 
     @property
     def complete(self) -> bool:
@@ -50,8 +63,10 @@ def load(file: Path) -> tuple[dict[str, Any], list[Run]]:
                     folder = Path(study["output"], name, str(seed))
                     base = Path(os.path.relpath(file.parent / study["base"]))
                     arguments = [str(base), *variant["set"], f"train.seed={seed}", f"train.output_dir={folder}"]
+                    sets = variant.get("cached_layers", [])
+                    arguments += ["checkpoint.at_end=true"] if sets else []
                     share = 1 / variant.get("runs_per_gpu", study["runs_per_gpu"])
-                    runs.append(Run(name, seed, folder, arguments, share))
+                    runs.append(Run(name, seed, folder, arguments, share, sets))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except (yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
