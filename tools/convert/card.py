@@ -60,7 +60,7 @@ def model_card(
 
 def _front_matter(origin: dict[str, Any]) -> list[str]:
     """What the hub reads of a card."""
-    known = {key: origin[key] for key in ("base_model", "license") if key in origin}
+    known: dict[str, Any] = {key: origin[key] for key in ("base_model", "license") if key in origin}
     fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", **known}
     fields["tags"] = ["kv-cache-sharing", "skv-dist"]
     head = yaml.safe_dump(fields, sort_keys=False)
