@@ -298,8 +298,8 @@ def _lose_one(place: Path, how: signal.Signals, victim: int, overrides: Sequence
         environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}
         environment |= {"MASTER_PORT": str(port)} | ({} if on_gpu else {"DS_ACCELERATOR": "cpu"})
         with (place / f"rank{rank}.txt").open("wb") as output:
-            given = {"stdout": output, "stderr": subprocess.STDOUT, "env": {**os.environ, **environment}}
-            processes.append(subprocess.Popen(line, **given))
+            own = {**os.environ, **environment}
+            processes.append(subprocess.Popen(line, stdout=output, stderr=subprocess.STDOUT, env=own))
     try:
         _wait(lambda: _steps(place / "run") >= 6, 200)
         processes[victim].send_signal(how)

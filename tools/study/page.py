@@ -111,13 +111,13 @@ def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> 
     for one, other in study.get("compare_shares", []):
         (before, share), (after, other_share) = one.split("@"), other.split("@")
         both = [seed for seed in seeds.get(before, []) if seed in seeds.get(after, [])]
-        pairs = [
+        of_shares = [
             (results[before, seed].losses[last][share], results[after, seed].losses[last][other_share]) for seed in both
         ]
-        cells = [spread([pair[0] for pair in pairs]), spread([pair[1] for pair in pairs])]
+        spreads = [spread([pair[0] for pair in of_shares]), spread([pair[1] for pair in of_shares])]
         names_of = [f"{name} at {shares[part]}" for name, part in ((after, other_share), (before, share))]
         rows.append(
-            [" minus ".join(names_of), str(len(both)), cells[1], cells[0], difference([b - a for a, b in pairs])]
+            [" minus ".join(names_of), str(len(both)), spreads[1], spreads[0], difference([b - a for a, b in of_shares])]
         )
     if rows:
         text += "\n## Differences between shares of the cache, paired by seed\n\n"
