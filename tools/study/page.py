@@ -117,7 +117,13 @@ def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> 
         spreads = [spread([pair[0] for pair in of_shares]), spread([pair[1] for pair in of_shares])]
         names_of = [f"{name} at {shares[part]}" for name, part in ((after, other_share), (before, share))]
         rows.append(
-            [" minus ".join(names_of), str(len(both)), spreads[1], spreads[0], difference([b - a for a, b in of_shares])]
+            [
+                " minus ".join(names_of),
+                str(len(both)),
+                spreads[1],
+                spreads[0],
+                difference([b - a for a, b in of_shares]),
+            ]
         )
     if rows:
         text += "\n## Differences between shares of the cache, paired by seed\n\n"
