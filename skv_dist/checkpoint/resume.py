@@ -156,11 +156,12 @@ def choose(run: RunConfig, root: Path, fingerprints: Collection[str]) -> Path | 
     asked = named_start(run)
     candidates = _candidates(root, asked)
     if asked is not None:
-        _refuse_other_kinds("checkpoint.resume", asked)
-        files.step_of(asked)
         candidates.append(asked)
     damaged: list[str] = []
     for folder in candidates:
+        if folder == asked:  # which may be gone where the run has later ones of its own
+            _refuse_other_kinds("checkpoint.resume", asked)
+            files.step_of(asked)
         try:
             verify_everywhere(folder)
         except files.DamagedError as error:

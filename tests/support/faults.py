@@ -75,9 +75,9 @@ def borrowed_kv_detached() -> Any:
 
     right = RoutedChunk._run_layer
 
-    def wrong(self: Any, number: int, hidden: Any, rotary: Any, mask: Any, borrowed: Any, keep: bool) -> Any:
+    def wrong(self: Any, number: int, hidden: Any, rotary: Any, mask: Any, borrowed: Any, *rest: Any) -> Any:
         detached = None if borrowed is None else type(borrowed)(borrowed.key.detach(), borrowed.value.detach())
-        return right(self, number, hidden, rotary, mask, detached, keep)
+        return right(self, number, hidden, rotary, mask, detached, *rest)
 
     return mock.patch.object(RoutedChunk, "_run_layer", wrong)
 
@@ -90,11 +90,11 @@ def drawn_again_in_recompute() -> Any:
 
     right = RoutedLayer.forward
 
-    def wrong(self: Any, hidden: Any, rotary: Any, mask: Any, borrowed: Any, read: bool) -> Any:
+    def wrong(self: Any, hidden: Any, rotary: Any, mask: Any, borrowed: Any, *rest: Any) -> Any:
         if torch.is_grad_enabled() and borrowed is not None:
             query_key_value = self.self_attention.get_query_key_value_tensors(self.input_layernorm(hidden))
             borrowed = type(borrowed)(query_key_value[1], query_key_value[2])
-        return right(self, hidden, rotary, mask, borrowed, read)
+        return right(self, hidden, rotary, mask, borrowed, *rest)
 
     return mock.patch.object(RoutedLayer, "forward", wrong)
 
@@ -144,8 +144,8 @@ def backward_seen_flag_kept() -> Any:
 
     right = ZeroEngine.__init__
 
-    def wrong(self: Any, *args: Any) -> None:
-        right(self, *args)
+    def wrong(self: Any, *args: Any, **given: Any) -> None:
+        right(self, *args, **given)
         self.model.on_backward = None
 
     return mock.patch.object(ZeroEngine, "__init__", wrong)
