@@ -30,7 +30,7 @@ _FREE_FOR_WEIGHTS = {
     "model.hidden_dropout",
     "model.init_std",
 }
-_BOUND_SECTIONS = ("model", "routing", "data", "optimizer")
+_BOUND_SECTIONS = ("model", "routing", "data", "optimizer", "distillation")
 _BOUND_TRAIN = ("steps", "freeze", "seed", "global_batch_size", "micro_batch_size", "precision")
 
 
@@ -78,8 +78,11 @@ def check_same_run(run: RunConfig, folder: Path, fingerprints: Collection[str]) 
         )
 
 
-def check_same_model(run: RunConfig, folder: Path, fingerprints: Collection[str]) -> None:
-    """Refuse to begin with weights that were made for another model or other tokens (``checkpoint.init_from``).
+def check_same_model(key: str, run: RunConfig, folder: Path, fingerprints: Collection[str]) -> None:
+    """Refuse weights that were made for another model or other tokens.
+
+    Args:
+        key: the configuration key that names the checkpoint.
 
     Raises:
         UserError: naming the keys that differ and are not in ``checkpoint.allow_changed``.
@@ -95,7 +98,7 @@ def check_same_model(run: RunConfig, folder: Path, fingerprints: Collection[str]
         changed.append(f"data.tokenizer '{run.data.tokenizer}' is not the tokenizer that it was trained with")
     if changed:
         raise UserError(
-            f"checkpoint.init_from {folder} holds another model: {'; '.join(changed)}; take the keys from its "
+            f"{key} {folder} holds another model: {'; '.join(changed)}; take the keys from its "
             f"{files.CONFIG}, or name them in checkpoint.allow_changed"
         )
 
@@ -106,12 +109,27 @@ def checked_weights(run: RunConfig, fingerprints: Collection[str]) -> Path | Non
     Raises:
         UserError: it is damaged, or holds another model.
     """
-    if run.checkpoint.init_from is None:
+    named = run.checkpoint.init_from
+    return None if named is None else _checked("checkpoint.init_from", named, run, fingerprints)
+
+
+def checked_teacher(run: RunConfig, fingerprints: Collection[str]) -> Path | None:
+    """The checkpoint that teaches (``distillation``), whole and fitting; None without one. Collective.
+
+    Raises:
+        UserError: it is damaged, or holds another model.
+    """
+    if not run.distillation.weight or run.teacher is None:
         return None
-    folder = Path(run.checkpoint.init_from).expanduser()
-    _refuse_other_kinds("checkpoint.init_from", folder)
+    key = "checkpoint.init_from" if run.distillation.teacher is None else "distillation.teacher"
+    return _checked(key, run.teacher, run, fingerprints)
+
+
+def _checked(key: str, named: str, run: RunConfig, fingerprints: Collection[str]) -> Path:
+    folder = Path(named).expanduser()
+    _refuse_other_kinds(key, folder)
     verify_everywhere(folder)
-    check_same_model(run, folder, fingerprints)
+    check_same_model(key, run, folder, fingerprints)
     return folder
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # torch is imported once the configuration is known to be goo
     from skv_dist.data.batches import Samples
     from skv_dist.data.tokenizer import Tokenizer
     from skv_dist.parallel.processes.groups import World
+    from skv_dist.parallel.teacher import Teacher
     from skv_dist.training.callbacks import Callback
     from skv_dist.training.stop import StopRequest
     from skv_dist.training.trainer import Trainer
@@ -163,9 +164,11 @@ def _train_in_folder(
 
     out = output_folder.folder_of(run)
     begin_with = None if start is not None else resume.checked_weights(run, tokenizer.fingerprints())
+    teacher_folder = resume.checked_teacher(run, tokenizer.fingerprints())
     from_scratch = start is None and begin_with is None
     engine = create_engine(run, world.device, initialize=from_scratch)
-    trainer = Trainer(run, derived, world, engine, data.samples)
+    teacher = None if teacher_folder is None else _teacher(run, teacher_folder, world)
+    trainer = Trainer(run, derived, world, engine, data.samples, teacher)
     _restore(trainer, start, begin_with)
     roll_backs = resume.roll_backs(run, start)
     travelling = travelling_files(tokenizer, start or begin_with) if world.is_first else {}
@@ -199,6 +202,16 @@ def _train_in_folder(
     trainer.engine.close()
     _report_end(trainer, saver, callbacks, start)
     return trainer.stopped_by
+
+
+def _teacher(run: RunConfig, folder: Path, world: "World") -> "Teacher":
+    from skv_dist.checkpoint.load import load_checkpoint
+    from skv_dist.parallel.engines.frozen import FrozenEngine
+    from skv_dist.parallel.teacher import Teacher
+
+    engine = FrozenEngine(run, world.device)
+    load_checkpoint(engine, run, folder, weights_only=True)
+    return Teacher(engine, run.distillation.weight)
 
 
 def _report_end(trainer: "Trainer", saver: "Saver", callbacks: list["Callback"], start: Path | None) -> None:

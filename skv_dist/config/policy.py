@@ -4,8 +4,25 @@ from collections.abc import Callable, Sequence
 
 from skv_dist.config.routing import RoutingConfig
 from skv_dist.errors import UserError
-from skv_dist.routing.policies import Fixed, Policy, Ramped, RandomCLA, RandomFixedTarget, RandomSubset, WithinStages
-from skv_dist.routing.sharing import groups_of, validate_sharing_map
+from skv_dist.routing.policies import (
+    AlwaysOwn,
+    Fixed,
+    Nested,
+    Policy,
+    Ramped,
+    RandomCLA,
+    RandomFixedTarget,
+    RandomSubset,
+    WithinStages,
+)
+from skv_dist.routing.sharing import (
+    groups_of,
+    map_from_order,
+    map_from_retention,
+    num_kept,
+    validate_order,
+    validate_sharing_map,
+)
 
 
 def _suffix(config: RoutingConfig, num_layers: int) -> Policy:
@@ -19,7 +36,15 @@ def _suffix(config: RoutingConfig, num_layers: int) -> Policy:
 
 
 def _subset(config: RoutingConfig, num_layers: int) -> Policy:
-    return RandomSubset(num_layers, None if config.keep_probs == "uniform" else tuple(config.keep_probs))
+    keep_probs = None if config.keep_probs == "uniform" else tuple(config.keep_probs)
+    return RandomSubset(num_layers, keep_probs, tuple(config.always_own))
+
+
+def _nested(config: RoutingConfig, num_layers: int) -> Policy:
+    if config.order is None:
+        raise UserError("routing.policy 'nested' needs an order of the layers: set routing.order")
+    order = validate_order(config.order, num_layers)
+    return Nested(num_layers, order, tuple(num_kept(num_layers, budget) for budget in config.budgets))
 
 
 def _fixed(config: RoutingConfig, num_layers: int) -> Policy:
@@ -35,6 +60,7 @@ _BUILDERS: dict[str, Callable[[RoutingConfig, int], Policy]] = {
     "rd_cla": lambda config, n: RandomFixedTarget(n, groups_of(n, config.group_size), config.cross_prob),
     "suffix": _suffix,
     "subset": _subset,
+    "nested": _nested,
     "fixed": _fixed,
 }
 
@@ -67,8 +93,25 @@ def build_policy(
     return Ramped(num_layers, policy, begin, begin + steps(config.ramp), end)
 
 
+def deployment_map(config: RoutingConfig, num_layers: int, retention: float) -> tuple[int, ...]:
+    """See `RunConfig.sharing_map`."""
+    if config.order is None:
+        return map_from_retention(num_layers, retention)
+    return map_from_order(config.order, retention)
+
+
 def _unscheduled(config: RoutingConfig, num_layers: int, stages: Sequence[range] | None) -> Policy:
-    build = _BUILDERS[config.policy]
+    if unknown := [layer for layer in config.always_own if layer >= num_layers]:
+        raise UserError(
+            f"routing.always_own names layer {unknown[0]}, but the layers of the model are 0 to {num_layers - 1}"
+        )
     if config.within_stage and stages is not None and len(stages) > 1:
-        return WithinStages(num_layers, tuple(build(config, len(stage)) for stage in stages))
-    return build(config, num_layers)
+        return WithinStages(num_layers, tuple(_over(stage, config) for stage in stages))
+    return _over(range(num_layers), config)
+
+
+def _over(layers: range, config: RoutingConfig) -> Policy:
+    """The policy over some consecutive layers, which it numbers from 0."""
+    own = [layer - layers.start for layer in config.always_own if layer in layers]
+    policy = _BUILDERS[config.policy](config.model_copy(update={"always_own": own}), len(layers))
+    return AlwaysOwn(len(layers), policy, frozenset(own)) if own else policy

@@ -8,6 +8,8 @@ from skv_dist.config.section import Section
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Step = Annotated[int, Field(ge=0)]
+Layer = Annotated[int, Field(ge=0)]
+Budget = Annotated[float, Field(gt=0, le=1)]
 StepOrPart = Annotated[float, Field(ge=0)]
 
 
@@ -16,7 +18,7 @@ class RoutingConfig(Section):
     pure function of train.seed, step and micro-batch, in which each layer uses its own K/V or borrows those of an
     earlier layer, its source. Evaluations do not read it: they use the fixed maps of eval.retention."""
 
-    policy: Literal["none", "r_cla", "cla", "rd_cla", "suffix", "subset", "fixed"] = "r_cla"
+    policy: Literal["none", "r_cla", "cla", "rd_cla", "suffix", "subset", "nested", "fixed"] = "r_cla"
     """The rule that makes the route tables.
 
     - none: each layer uses its own K/V (dense training).
@@ -27,6 +29,8 @@ class RoutingConfig(Section):
     - suffix: the last shared_layers layers share the K/V of the last layer before them.
     - subset: a random set of layers keeps its K/V, each other layer borrows from the nearest kept layer before it: the
       rule of deployment. keep_probs says how many are kept.
+    - nested: as subset, but the sets are those that will be deployed: the first layers of order, as many as a budget
+      of budgets allows.
     - fixed: the map kv_source_layers."""
 
     cross_prob: Probability | list[tuple[Step, Probability]] = 0.5
@@ -49,10 +53,24 @@ class RoutingConfig(Section):
     """Probabilities that a layer keeps its own K/V. Read by policy subset, which takes one of them at random for each
     micro-batch; the first layer always keeps its own. uniform: the probability is drawn uniformly from 0 to 1."""
 
+    order: list[Layer] | None = None
+    """Numbers of all layers, those that must keep their cache first. Layer 0 comes first, as nothing before it could
+    lend. Needed by policy nested and refused with any other. Evaluations of a run with it keep the first layers of this
+    order at each size of eval.retention, in place of uniform groups."""
+
+    budgets: list[Budget] = [1.0, 0.5, 0.25]
+    """Parts of the cache that are kept. Read by policy nested, which takes one of them at random for each
+    micro-batch."""
+
     kv_source_layers: list[int] | None = None
     """The map itself: for each layer the number of the layer whose K/V it uses, its own number included. For 4 layers
     in groups of two that is [0, 0, 2, 2]. Needed by policy fixed and refused with any other. A source must not come
     later than the layer, and must use its own K/V."""
+
+    always_own: list[Layer] = []
+    """Numbers of layers that use their own K/V whatever the policy draws, for layers without which a model fails.
+    Others may still borrow from them. In policy subset they belong to every set. Refused with policies fixed and
+    nested."""
 
     within_stage: bool = False
     """Whether sources must lie on the same pipeline stage, so that no K/V cross between stages. For slow links. It
@@ -91,11 +109,22 @@ class RoutingConfig(Section):
     def _lists_not_empty(self) -> "RoutingConfig":
         if self.keep_probs == []:
             raise ValueError("keep_probs must not be empty")
+        if not self.budgets:
+            raise ValueError("budgets must not be empty")
+        if self.order is not None and self.policy != "nested":
+            raise ValueError(f"order is read by policy 'nested' only, but policy is '{self.policy}'")
         if self.kv_source_layers is not None and self.policy != "fixed":
             raise ValueError(f"kv_source_layers is read by policy 'fixed' only, but policy is '{self.policy}'")
-        if self.within_stage and self.policy == "fixed":
+        if self.always_own and self.policy in ("fixed", "nested"):
+            key = "kv_source_layers" if self.policy == "fixed" else "order"
             raise ValueError(
-                "within_stage: true and policy 'fixed' do not work together: write kv_source_layers so that no source "
-                "lies in an earlier stage, and set routing.within_stage=false"
+                f"always_own and policy '{self.policy}' do not work together: write into {key} what these layers are "
+                "to do, and leave routing.always_own out"
+            )
+        if self.within_stage and self.policy in ("fixed", "nested"):
+            cure = "write kv_source_layers so that no source lies in an earlier stage, and "
+            raise ValueError(
+                f"within_stage: true and policy '{self.policy}' do not work together: "
+                f"{cure if self.policy == 'fixed' else ''}set routing.within_stage=false"
             )
         return self

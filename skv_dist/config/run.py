@@ -6,9 +6,10 @@ from pydantic import model_validator
 
 from skv_dist.config.checkpoint import CheckpointConfig
 from skv_dist.config.data import DataConfig
+from skv_dist.config.distillation import DistillationConfig
 from skv_dist.config.model import ModelConfig
 from skv_dist.config.parallel import ParallelConfig
-from skv_dist.config.policy import build_policy
+from skv_dist.config.policy import build_policy, deployment_map
 from skv_dist.config.routing import RoutingConfig
 from skv_dist.config.section import Section
 from skv_dist.config.train import EvalConfig, OptimizerConfig, TrainConfig
@@ -23,6 +24,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     optimizer: OptimizerConfig
+    distillation: DistillationConfig = DistillationConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
@@ -72,6 +74,11 @@ class RunConfig(Section):
                 f"eval.every is {self.eval.every}, but data.validation_fraction is 0 and there are no "
                 "data.validation_sources: set eval.every=0 or hold out some text"
             )
+        if self.distillation.weight and self.teacher is None:
+            raise UserError(
+                f"distillation.weight is {self.distillation.weight}, but neither distillation.teacher nor "
+                "checkpoint.init_from names a checkpoint that teaches: name one, or set distillation.weight=0"
+            )
         try:
             self.policy()  # refuses stages and policies that do not fit the layers
         except ValueError as error:
@@ -84,6 +91,11 @@ class RunConfig(Section):
         if self.model.vocab_size is None:
             raise RuntimeError("model.vocab_size is not known yet: complete the configuration with for_vocabulary()")
         return self.model.vocab_size
+
+    @property
+    def teacher(self) -> str | None:
+        """Folder of the checkpoint that teaches, where ``distillation.weight`` asks for one."""
+        return self.distillation.teacher or self.checkpoint.init_from
 
     def for_vocabulary(self, num_tokens: int) -> "RunConfig":
         """The complete configuration: with the vocabulary of a tokenizer of ``num_tokens`` where none was given.
@@ -103,6 +115,15 @@ class RunConfig(Section):
     def stages(self) -> tuple[range, ...]:
         """The layers of each pipeline stage, virtual stages included, in the order of execution."""
         return self.parallel.stages(self.model.num_layers)
+
+    def sharing_map(self, retention: float) -> tuple[int, ...]:
+        """The map under which a part ``retention`` of the cache is kept: uniform groups, or in a run with policy
+        ``nested`` the first layers of its order.
+
+        Raises:
+            UserError: retention is not in (0, 1].
+        """
+        return deployment_map(self.routing, self.model.num_layers, retention)
 
     def policy(self) -> Policy:
         """The routing policy over the layers of this model."""

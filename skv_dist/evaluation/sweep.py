@@ -7,15 +7,12 @@ from skv_dist.data.batches import MicroBatch, Samples, micro_batches
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.groups import World
 from skv_dist.parallel.run_batch import count_predictions, run_batch
-from skv_dist.routing import RoutePlan, map_from_retention
+from skv_dist.routing import RoutePlan
 
 
 def retention_plans(run: RunConfig) -> dict[str, RoutePlan]:
     """``loss@0.50`` and so on for each value of ``eval.retention``, with the map that retention stands for."""
-    return {
-        f"loss@{retention:.2f}": RoutePlan(map_from_retention(run.model.num_layers, retention))
-        for retention in run.eval.retention
-    }
+    return {f"loss@{retention:.2f}": RoutePlan(run.sharing_map(retention)) for retention in run.eval.retention}
 
 
 def evaluation_batches(run: RunConfig, world: World, samples: Samples) -> list[MicroBatch]:

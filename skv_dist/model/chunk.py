@@ -17,6 +17,7 @@ from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 from skv_dist.model.attention import KV
 from skv_dist.model.cross_entropy import vocab_parallel_cross_entropy
+from skv_dist.model.distillation import vocab_parallel_distillation
 from skv_dist.model.documents import document_mask
 from skv_dist.model.gradients import contiguous_gradient
 from skv_dist.model.kv_cache import KvCache
@@ -145,6 +146,8 @@ class RoutedChunk(MegatronModule):
         hidden: torch.Tensor | None = None,
         live: LiveKV | None = None,
         cache: KvCache | None = None,
+        teacher: torch.Tensor | None = None,
+        gather: bool = True,
     ) -> tuple[torch.Tensor, LiveKV]:
         """Run the chunk under a route plan.
 
@@ -156,11 +159,14 @@ class RoutedChunk(MegatronModule):
             hidden: [s/t, b, h] from the chunk before; None for the first, which embeds ``tokens``.
             live: K/V of earlier layers that this chunk or a later one reads.
             cache: (decoding) K/V of the positions before ``tokens``; takes theirs in.
+            teacher: this rank's part of the logits that a teacher gives, [s, b, v].
+            gather: (without labels) whether the logits of all tensor-parallel ranks are put together.
 
         Returns:
             The hidden state [s/t, b, h] and the K/V that later chunks read. The last chunk returns no K/V and, in place
-            of the hidden state, the loss of each token in nats, float32 [b, s]; without labels the logits,
-            [b, s, vocab_size], and with a cache those of the last position, [b, 1, vocab_size].
+            of the hidden state, the loss of each token in nats, float32 [b, s]; with a teacher that loss and
+            KL(teacher || model), float32 [2, b, s]; without labels the logits, [b, s, vocab_size], and with a cache
+            those of the last position, [b, 1, vocab_size]; not gathered, this rank's part of them, [s, b, v].
 
         Raises:
             UserError: the plan is for another number of layers, or a layer borrows K/V that are not in ``live``.
@@ -184,7 +190,7 @@ class RoutedChunk(MegatronModule):
             if self.has_head:
                 hidden = hidden[-1:]  # nobody asks for the logits of a prompt, which would fill the memory
             live = {source: KV(kv.key[begin:], kv.value[begin:]) for source, kv in live.items()}
-        return (self._head(hidden, labels) if self.has_head else hidden), live
+        return (self._head(hidden, labels, teacher, gather) if self.has_head else hidden), live
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.embedding(tokens)
@@ -271,15 +277,22 @@ class RoutedChunk(MegatronModule):
         result = tensor_parallel.checkpoint(region, False, hidden, *lent)
         return (result[0], KV(*result[1:])) if lends else (result, None)
 
-    def _head(self, hidden: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def _head(
+        self, hidden: torch.Tensor, labels: torch.Tensor | None, teacher: torch.Tensor | None, gather: bool
+    ) -> torch.Tensor:
         hidden = self.final_norm(hidden)
         weight = self.embedding.weight if self.tie_embeddings and self.has_embedding else self.tied_weight
         logits, _ = self.output_layer(hidden, weight=weight)  # [s, b, v]
+        if labels is None and not gather:
+            return logits
         if labels is None:
             whole = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
             return whole[..., : self.vocab_size].transpose(0, 1)  # [s, b, V] -> [b, s, V]
         group = self.tp_group if self.tp_size > 1 else None
-        losses = vocab_parallel_cross_entropy(
-            logits, labels.transpose(0, 1).contiguous(), self.vocab_size, self.tp_rank, group, self._compiled_loss
-        )
-        return losses.transpose(0, 1)  # [s, b] -> [b, s]
+        labels = labels.transpose(0, 1).contiguous()
+        place = (self.vocab_size, self.tp_rank, group, self._compiled_loss)
+        if teacher is None:
+            losses = vocab_parallel_cross_entropy(logits, labels, *place)
+        else:
+            losses = vocab_parallel_distillation(logits, teacher, labels, *place)
+        return losses.transpose(-1, -2)  # [..., s, b] -> [..., b, s]

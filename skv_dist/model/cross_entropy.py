@@ -37,8 +37,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         maximum = torch.full((rows.shape[0],), float("-inf"), dtype=torch.float32, device=rows.device)  # [n]
         exp_sum, label_logit = torch.zeros_like(maximum), torch.zeros_like(maximum)  # [n] each
         if valid > 0:
-            statistics = _compiled(_statistics) if compiled else _statistics
-            parts = [statistics(block[:, :valid]) for block in _blocks(rows, compiled)]
+            measure = compiled_once(statistics) if compiled else statistics
+            parts = [measure(block[:, :valid]) for block in blocks_of(rows, compiled)]
             maximum, exp_sum = map(torch.cat, zip(*parts))
             label_logit = rows.gather(1, column).squeeze(1).float() * is_local
         if group is not None:
@@ -59,8 +59,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         rows, valid = logits.view(-1, logits.shape[-1]), ctx.valid  # [n, v]
         weight = grad.reshape(-1).float()  # [n]
         with torch.no_grad():
-            to_gradient_ = _compiled(_to_gradient_) if ctx.compiled else _to_gradient_
-            blocks = _blocks(rows, ctx.compiled)
+            to_gradient_ = compiled_once(_to_gradient_) if ctx.compiled else _to_gradient_
+            blocks = blocks_of(rows, ctx.compiled)
             sizes = [block.shape[0] for block in blocks]
             for block, normalizers, weights in zip(blocks, log_normalizer.split(sizes), weight.split(sizes)):
                 to_gradient_(block[:, :valid], normalizers, weights)
@@ -72,7 +72,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return logits, None, None, None, None, None
 
 
-def _statistics(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def statistics(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """rows [m, v] -> of each row the maximum and the sum of exp(logit - maximum), float32 [m]."""
     maximum = rows.amax(dim=-1).float()
     return maximum, (rows.float() - maximum[:, None]).exp().sum(dim=-1)
@@ -84,11 +84,12 @@ def _to_gradient_(rows: torch.Tensor, log_normalizer: torch.Tensor, weight: torc
 
 
 @functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function over blocks of rows, compiled at its first call."""
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _blocks(rows: torch.Tensor, compiled: bool) -> Sequence[torch.Tensor]:
+def blocks_of(rows: torch.Tensor, compiled: bool) -> Sequence[torch.Tensor]:
     """rows [n, v] cut along n; in equal parts if compiled, so that there is one shape to compile for."""
     if compiled:
         return rows.chunk(-(-rows.numel() // _INDEXABLE))

@@ -52,23 +52,25 @@ class LocalModel(torch.nn.Module):
         received: torch.Tensor | None = None,
         width: int | None = None,
         cache: KvCache | None = None,
+        teacher: torch.Tensor | None = None,
+        gather: bool = True,
     ) -> torch.Tensor:
         """Run chunk ``index`` between two ends of the wire.
 
         Args:
-            plan, tokens, labels, documents, cache: see `RoutedChunk.forward`.
+            plan, tokens, labels, documents, cache, teacher, gather: see `RoutedChunk.forward`.
             received: what the chunk before returned, [s/t, b, width]; None for the first.
             width: columns to pad the result to, where a chunk follows; None: as many as it needs.
 
         Returns:
-            Of the last chunk losses [b, s] or logits [b, s, V]; of the others the hidden state and the K/V that later
-            chunks read, packed: [s/t, b, width].
+            Of the last chunk losses or logits, as `RoutedChunk.forward` does; of the others the hidden state and the
+            K/V that later chunks read, packed: [s/t, b, width].
         """
         chunk = self.routed_chunks()[index]
         hidden, live = None, None
         if received is not None:
             hidden, live = self._packing.unpack(received, plan.live_after(chunk.numbers.start - 1))
-        out, live = chunk(plan, tokens, labels, documents, hidden, live, cache)
+        out, live = chunk(plan, tokens, labels, documents, hidden, live, cache, teacher, gather)
         if not chunk.has_head:
             out = self._packing.pack(out, live, plan.live_after(chunk.numbers.stop - 1), width)
         return out

@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from skv_dist.config.run import RunConfig
 from skv_dist.data.batches import MicroBatch
 from skv_dist.parallel.engines.base import Engine
+from skv_dist.parallel.teacher import Teacher
 from skv_dist.parallel.wire.communicator import WireCommunicator
 from skv_dist.parallel.wire.port import ChunkPort
 from skv_dist.parallel.wire.widths import WireWidths, wire_widths
@@ -26,10 +27,12 @@ class BatchOutcome:
 
     Attributes:
         loss: float32 scalar, mean over the global batch in nats per prediction, the same on all ranks.
+        divergence: likewise, KL(teacher || model); None without a teacher.
         wire_bytes: what this rank sent to other pipeline stages.
     """
 
     loss: torch.Tensor
+    divergence: torch.Tensor | None
     wire_bytes: int
 
 
@@ -50,6 +53,7 @@ def run_batch(
     *,
     num_predictions: torch.Tensor,
     train: bool,
+    teacher: Teacher | None = None,
 ) -> BatchOutcome:
     """Run the micro-batches of one global batch that fall to this replica.
 
@@ -60,10 +64,11 @@ def run_batch(
         plans: the route plan of each.
         num_predictions: predictions that count in the whole global batch (`count_predictions`).
         train: also run backward, leaving gradients in the engine.
+        teacher: makes part of what is minimized. The same on all ranks.
     """
     num_predictions = num_predictions.clamp(min=1.0)
     work = list(zip(batches, plans, strict=True))
-    widths = wire_widths(run, plans)
+    widths = wire_widths(run, plans, 0 if teacher is None else teacher.columns)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     ports = _ports(engine)
     communicator = WireCommunicator(
@@ -75,11 +80,14 @@ def run_batch(
     if engine.model.training != train:  # train() walks through all modules
         engine.model.train(train)
     with torch.set_grad_enabled(train):
-        summed_losses = _run_schedule(engine, ports, work, widths, communicator, _loss_scale(num_predictions), train)
+        scale = _loss_scale(num_predictions)
+        summed_losses = _run_schedule(engine, teacher, ports, work, widths, communicator, scale, train)
     if train:
         engine.add_tied_gradient()
-    loss_sum = _over_all_ranks(summed_losses, batches[0].tokens.device)
-    return BatchOutcome((loss_sum / num_predictions).float(), communicator.sent_bytes)
+    means = (_over_all_ranks(summed_losses, teacher is not None, batches[0].tokens.device) / num_predictions).float()
+    if teacher is None:
+        return BatchOutcome(means, None, communicator.sent_bytes)
+    return BatchOutcome(means[0], means[1], communicator.sent_bytes)
 
 
 def _ports(engine: Engine) -> list[ChunkPort]:
@@ -94,6 +102,7 @@ def _loss_scale(num_predictions: torch.Tensor) -> torch.Tensor:
 
 def _run_schedule(
     engine: Engine,
+    teacher: Teacher | None,
     ports: list[ChunkPort],
     work: Sequence[Work],
     widths: WireWidths,
@@ -101,19 +110,30 @@ def _run_schedule(
     loss_scale: torch.Tensor,
     train: bool,
 ) -> list[torch.Tensor]:
-    """Run Megatron's schedule; on the last stage the summed loss of each micro-batch, elsewhere nothing."""
+    """Run Megatron's schedule; on the last stage the summed loss of each micro-batch, elsewhere nothing.
+
+    With a teacher it is [2]: the summed loss and the summed divergence.
+    """
 
     def forward_step(waiting: Iterator[Work], port: ChunkPort) -> tuple[torch.Tensor, object]:
         batch, plan = next(waiting)
+        received, lesson = port.take_input(), None
+        if teacher is not None:
+            lesson = teacher.run_chunk(port.index, batch, received)
+            received = lesson.received
+        logits = lesson.given if lesson is not None and port.is_last else None
         out = engine.forward(
-            port.index, plan, batch.tokens, batch.labels, batch.documents, port.take_input(), widths.padded
+            port.index, plan, batch.tokens, batch.labels, batch.documents, received, widths.padded, None, logits
         )
+        if teacher is not None and lesson is not None and not port.is_last:
+            out = teacher.add_to(out, lesson)
 
         def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            """losses [b, s] -> what backward begins from, a count of tokens, and what the schedule returns."""
-            summed = (losses * batch.loss_mask).sum()
+            """losses [..., b, s] -> what backward begins from, a count of tokens, and what the schedule returns."""
+            summed = (losses * batch.loss_mask).sum(dim=(-2, -1))
+            objective = summed if teacher is None else teacher.objective(summed)
             # Megatron would count tokens and divide by them; the division is already in our scale.
-            return summed * loss_scale, torch.zeros([], dtype=torch.int, device=summed.device), summed.detach()
+            return objective * loss_scale, torch.zeros([], dtype=torch.int, device=summed.device), summed.detach()
 
         return out, loss
 
@@ -132,12 +152,13 @@ def _run_schedule(
     )
 
 
-def _over_all_ranks(summed_losses: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+def _over_all_ranks(summed_losses: Sequence[torch.Tensor], taught: bool, device: torch.device) -> torch.Tensor:
     """The sum of the losses of the global batch, on all ranks. The last stage knows those of its replica."""
     group = parallel_state.get_pipeline_model_parallel_group()
     last = group.size() - 1
     is_last = parallel_state.get_pipeline_model_parallel_rank() == last
-    loss_sum = torch.stack(list(summed_losses)).sum() if is_last else torch.zeros([], device=device)
+    shape = [2] if taught else []
+    loss_sum = torch.stack(list(summed_losses)).sum(0) if is_last else torch.zeros(shape, device=device)
     if last:
         dist.broadcast(loss_sum, dist.get_global_rank(group, last), group=group)
     dist.all_reduce(loss_sum, group=parallel_state.get_data_parallel_group())

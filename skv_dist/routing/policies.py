@@ -102,11 +102,12 @@ class RandomFixedTarget(Policy):
 class RandomSubset(Policy):
     """Draw the cached set, then apply the deployment rule: training distribution = deployment distribution.
 
-    Each layer but the first is kept with probability q; q is drawn per micro-batch, from ``keep_probs`` or, where
-    that is None, uniformly from [0, 1].
+    Each layer but the first and those ``always_kept`` is kept with probability q; q is drawn per micro-batch, from
+    ``keep_probs`` or, where that is None, uniformly from [0, 1].
     """
 
     keep_probs: tuple[float, ...] | None
+    always_kept: tuple[int, ...] = ()
 
     def table(self, key: DrawKey) -> tuple[int, ...]:
         drawn = words(key, b"subset", self.num_layers + 1)
@@ -115,7 +116,36 @@ class RandomSubset(Policy):
         else:
             keep = self.keep_probs[below(drawn[-1], len(self.keep_probs))]
         cached = [0, *(layer for layer in range(1, self.num_layers) if happens(drawn[layer], keep))]
-        return map_from_cached_layers(self.num_layers, cached)
+        return map_from_cached_layers(self.num_layers, sorted({*cached, *self.always_kept}))
+
+
+@dataclass(frozen=True)
+class Nested(Policy):
+    """Sets of which each holds all smaller ones: the first layers of an order, under the deployment rule.
+
+    Attributes:
+        order: all layers, those that keep their cache longest first.
+        sizes: how many layers keep it; one of these is drawn per micro-batch.
+    """
+
+    order: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def table(self, key: DrawKey) -> tuple[int, ...]:
+        (word,) = words(key, b"nested", 1)
+        return map_from_cached_layers(self.num_layers, self.order[: self.sizes[below(word, len(self.sizes))]])
+
+
+@dataclass(frozen=True)
+class AlwaysOwn(Policy):
+    """Another policy, but for some layers, which use their own K/V. What the policy draws for the others stays."""
+
+    policy: Policy
+    owners: frozenset[int]
+
+    def table(self, key: DrawKey) -> tuple[int, ...]:
+        drawn = enumerate(self.policy.table(key))
+        return tuple(layer if layer in self.owners else source for layer, source in drawn)
 
 
 @dataclass(frozen=True)

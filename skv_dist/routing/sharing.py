@@ -33,10 +33,42 @@ def map_from_retention(num_layers: int, retention: float) -> tuple[int, ...]:
     Raises:
         UserError: retention is not in (0, 1].
     """
-    if not 0.0 < retention <= 1.0:
-        raise UserError(f"retention must lie in (0, 1], got {retention}")
+    _check(retention)
     # Not round(): 1/0.4 is 2.5, and halves go up.
     return groups_of(num_layers, min(num_layers, int(1.0 / retention + 0.5)))
+
+
+def map_from_order(order: Sequence[int], retention: float) -> tuple[int, ...]:
+    """The first layers of an order keep a cache, as many as ``retention`` allows.
+
+    Raises:
+        UserError: retention is not in (0, 1].
+    """
+    _check(retention)
+    return map_from_cached_layers(len(order), order[: num_kept(len(order), retention)])
+
+
+def _check(retention: float) -> None:
+    if not 0.0 < retention <= 1.0:
+        raise UserError(f"retention must lie in (0, 1], got {retention}")
+
+
+def num_kept(num_layers: int, retention: float) -> int:
+    """How many layers keep their cache where a part of it is kept: rounded, halves up, and at least one."""
+    return max(1, int(retention * num_layers + 0.5))
+
+
+def validate_order(order: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Check an order of the layers in which they keep their cache, the most needed first.
+
+    Raises:
+        UserError: it does not name each layer once, or begins with another than layer 0.
+    """
+    if sorted(order) != list(range(num_layers)):
+        raise UserError(f"an order of layers must name each of 0..{num_layers - 1} once, got {list(order)}")
+    if order[0] != 0:
+        raise UserError(f"an order of layers must begin with layer 0, which cannot borrow, got {list(order)}")
+    return tuple(order)
 
 
 def groups_of(num_layers: int, group_size: int) -> tuple[int, ...]:

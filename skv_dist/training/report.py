@@ -9,7 +9,6 @@ from skv_dist.parallel.engines.create import is_sharded
 from skv_dist.parallel.local_model import partitioned_shape
 from skv_dist.parallel.processes.groups import World
 from skv_dist.parallel.wire.packing import Packing
-from skv_dist.routing import map_from_retention
 from skv_dist.training.schedule import warmup_steps
 from skv_dist.versions import software
 
@@ -27,8 +26,7 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine)
     if run.routing.within_stage:
         routing += ", sources from the same stage only (routing.within_stage: a change of the method)"
     caches = ", ".join(
-        f"{r:.2f} -> {len(set(map_from_retention(model.num_layers, r)))} of {model.num_layers} layers"
-        for r in run.eval.retention
+        f"{r:.2f} -> {len(set(run.sharing_map(r)))} of {model.num_layers} layers" for r in run.eval.retention
     )
     zero = f"ZeRO {parallel.zero_stage}"
     if parallel.zero_stage and not is_sharded(parallel.zero_stage, derived.data_parallel):
@@ -46,6 +44,7 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine)
         f"tokens a step, in {derived.num_micro_batches} micro-batches of {train.micro_batch_size} per replica",
         "run": f"{train.steps:,} steps, {train.steps * derived.tokens_per_step:,} tokens, "
         f"{warmup_steps(run.optimizer, train.steps):,} steps of warm-up, then {run.optimizer.schedule}",
+        **({"teacher": f"{run.teacher}, weight {run.distillation.weight}"} if run.distillation.weight else {}),
         "cached": caches,
         "output": train.output_dir,
         **(pipeline_report(run, derived) if parallel.pipeline > 1 else {}),

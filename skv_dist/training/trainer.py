@@ -14,6 +14,7 @@ from skv_dist.data.batches import MicroBatch, Samples, micro_batches, prefetched
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.groups import World, seed_dropout
 from skv_dist.parallel.run_batch import Work, count_predictions, run_batch
+from skv_dist.parallel.teacher import Teacher
 from skv_dist.routing.draw import DrawKey
 from skv_dist.training.callbacks import Callback, Metrics
 from skv_dist.training.guard import Guard
@@ -24,7 +25,9 @@ from skv_dist.training.throughput import flops_per_token, peak_flops, peak_memor
 
 @dataclass(frozen=True)
 class LaunchedStep:
-    """A step that is on its way; ``results``: loss, gradient norm, whether it was applied, what asks to stop."""
+    """A step that is on its way; ``results``: loss, gradient norm, whether it was applied, what asks to stop, and with
+    a teacher the divergence from it.
+    """
 
     results: torch.Tensor
     lr: float
@@ -37,6 +40,7 @@ class Trainer:
     Args:
         engine: owns the model and the optimizer.
         samples: the training samples, in order.
+        teacher: with ``distillation.weight`` above 0.
     """
 
     def __init__(
@@ -46,9 +50,11 @@ class Trainer:
         world: World,
         engine: Engine,
         samples: Samples,
+        teacher: Teacher | None = None,
     ) -> None:
         self.run, self.derived, self.world, self.engine = run, derived, world, engine
         self.samples = samples
+        self._teacher = teacher
         self.step = 0  # steps behind us
         self._began = (0, 0)  # the step and sample from which the batch size is that of today
         self.policy = run.policy()
@@ -143,18 +149,21 @@ class Trainer:
             seed_dropout(run.train.seed, self.step, batches[0].index)
         lr = lr_at(self.step, run.train.steps, run.optimizer)
         engine.set_lr(lr)
-        batch = run_batch(engine, run, batches, plans, num_predictions=count_predictions(batches), train=True)
+        count = count_predictions(batches)
+        batch = run_batch(engine, run, batches, plans, num_predictions=count, train=True, teacher=self._teacher)
         mean = batch.loss.double()
         refused = ~(mean.isfinite() & (mean <= self.guard.limit))
         asked = torch.full((), stop_asked(), device=device)
         skip_update, asked = self._largest_anywhere(refused, asked)
         outcome = engine.step(skip_update.bool())
-        results = (mean, outcome.grad_norm, outcome.applied, asked)
+        results = [mean, outcome.grad_norm, outcome.applied, asked]
+        if batch.divergence is not None:
+            results.append(batch.divergence)
         return LaunchedStep(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)
 
     def _finish(self, launched: LaunchedStep) -> Metrics:
         """Wait for a step, and judge it."""
-        loss, grad_norm, applied, asked = launched.results.tolist()
+        loss, grad_norm, applied, asked, *divergence = launched.results.tolist()
         objection = self.guard.objection(loss)
         if not applied and objection is None:
             objection = f"the gradient norm is {grad_norm}"
@@ -170,6 +179,8 @@ class Trainer:
             "skipped": self.guard.skipped,
             "tokens": self._samples_before(self.step) * self.run.data.sequence_length,
         }
+        if divergence:
+            (metrics["teacher_kl"],) = divergence
         if self.run.parallel.pipeline > 1:
             metrics["wire_bytes"] = self._sum(launched.wire_bytes)
         return metrics

@@ -153,13 +153,47 @@ def test_weights_of_another_model_are_refused_by_key(tmp_path: Path, change: dic
     (tmp_path / files.CONFIG).write_text(dump_config(config({})))
     (tmp_path / files.STATE).write_text(json.dumps({"vocab_size": VOCAB_OF_BYTES, "tokenizer": "bytes"}))
     free = {"hidden_dropout": 0.1, "max_position_embeddings": 4096, "init_std": 0.1, "make_vocab_size_divisible_by": 4}
-    check_same_model(config(free), tmp_path, "bytes")
+    check_same_model("checkpoint.init_from", config(free), tmp_path, "bytes")
     with pytest.raises(UserError, match=f"holds another model: {key} was"):
-        check_same_model(config(change), tmp_path, "bytes")
-    check_same_model(config(change, allow_changed=[key]), tmp_path, "bytes")
+        check_same_model("checkpoint.init_from", config(change), tmp_path, "bytes")
+    check_same_model("checkpoint.init_from", config(change, allow_changed=[key]), tmp_path, "bytes")
     with pytest.raises(UserError, match=r"data\.tokenizer 'byte' is not the tokenizer"):
-        check_same_model(config({}), tmp_path, "others")
-    check_same_model(config({}, allow_changed=["data.tokenizer"]), tmp_path, "others")
+        check_same_model("checkpoint.init_from", config({}), tmp_path, "others")
+    check_same_model("checkpoint.init_from", config({}, allow_changed=["data.tokenizer"]), tmp_path, "others")
+
+
+def test_a_checkpoint_teaches(workers: Any, text: Path, finished: Path, tmp_path: Path) -> None:
+    """Beginning with the teacher's own weights, the distance to it is what routing makes of them."""
+    teacher = files.existing(finished / "checkpoints")[0]
+
+    def divergences(name: str, **changed: Any) -> list[float]:
+        given = settings(text, tmp_path / name, init_from=str(teacher)) | {"distillation": {"weight": 0.5}, **changed}
+        printed, error = workers(1)(run_and_report, given, [])[0]
+        assert error is None
+        assert f"teacher:   {teacher}, weight 0.5" in printed
+        return [line["teacher_kl"] for line in lines_of(tmp_path / name)]
+
+    assert divergences("dense", routing={"policy": "none"})[0] == pytest.approx(0, abs=1e-6)
+    routed = divergences("routed", routing={"policy": "r_cla", "cross_prob": 1.0})
+    assert routed[0] > 1e-4
+    # It goes on from its own checkpoint with the same teacher.
+    shutil.rmtree(files.folder_of(tmp_path / "routed" / "checkpoints", 4))
+    assert divergences("routed", routing={"policy": "r_cla", "cross_prob": 1.0})[-1] == routed[-1]
+
+
+def test_a_teacher_that_cannot_teach_is_refused(workers: Any, text: Path, finished: Path, tmp_path: Path) -> None:
+    teacher = files.existing(finished / "checkpoints")[0]
+    given = settings(text, tmp_path / "run")
+    with pytest.raises(UserError, match=r"neither distillation\.teacher nor checkpoint\.init_from names"):
+        RunConfig.model_validate(given | {"distillation": {"weight": 1}})
+    other = given | {
+        "distillation": {"weight": 1, "teacher": str(teacher)},
+        "model": {**given["model"], "num_layers": 4},
+    }
+    _, error = workers(1)(run_and_report, other, [])[0]
+    assert error is not None
+    assert f"distillation.teacher {teacher} holds another model: model.num_layers was 8 and is 4" in error
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
 def test_the_home_folder_is_found(workers: Any, text: Path, finished: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from skv_dist.config.policy import build_policy
+from skv_dist.config.policy import build_policy, deployment_map
 from skv_dist.config.routing import RoutingConfig
 from skv_dist.errors import UserError
 from skv_dist.routing import (
@@ -25,6 +25,8 @@ POLICIES = [
     RoutingConfig(policy="suffix", shared_layers=5),
     RoutingConfig(policy="subset"),
     RoutingConfig(policy="subset", keep_probs="uniform"),
+    RoutingConfig(policy="r_cla", always_own=[1, 7]),
+    RoutingConfig(policy="nested", order=[0, 11, 4, 7, 1, 2, 3, 5, 6, 8, 9, 10], budgets=[0.5, 0.25, 0.05]),
     RoutingConfig(policy="fixed", kv_source_layers=[0, 0, 0, 3, 3, 3, 0, 0, 8, 8, 8, 8]),
 ]
 
@@ -174,3 +176,51 @@ def test_parts_are_of_all_steps() -> None:
 def test_a_schedule_that_cannot_be_is_refused(given: dict[str, object], message: str) -> None:
     with pytest.raises((ValueError, UserError), match=message):
         build_policy(RoutingConfig.model_validate({"policy": "cla", **given}), 4, None, 100)
+
+
+@pytest.mark.parametrize(
+    "given", [{"policy": "r_cla"}, {"policy": "cla", "group_size": 4}, {"policy": "rd_cla"}], ids=str
+)
+def test_some_layers_always_own_and_the_others_do_as_drawn(given: dict[str, object]) -> None:
+    free = build_policy(RoutingConfig.model_validate(given), 12)
+    policy = build_policy(RoutingConfig.model_validate({**given, "always_own": [1, 6]}), 12)
+    for step in range(50):
+        drawn, table = free.table(DrawKey(0, step, 0)), policy.table(DrawKey(0, step, 0))
+        assert table == tuple(layer if layer in (1, 6) else source for layer, source in enumerate(drawn))
+
+
+def test_layers_that_always_own_belong_to_every_subset() -> None:
+    policy = build_policy(RoutingConfig(policy="subset", keep_probs=[0.0], always_own=[3]), 6)
+    assert policy.table(DrawKey(0, 0, 0)) == (0, 0, 0, 3, 3, 3)
+
+
+def test_layers_that_always_own_are_those_of_the_whole_model() -> None:
+    config = RoutingConfig(policy="cla", group_size=3, within_stage=True, always_own=[4])
+    assert build_policy(config, 6, (range(3), range(3, 6))).table(DrawKey(0, 0, 0)) == (0, 0, 0, 3, 4, 3)
+
+
+def test_nested_sets_are_the_deployed_ones() -> None:
+    order = [0, 5, 2, 1, 3, 4]
+    config = RoutingConfig(policy="nested", order=order, budgets=[1.0, 0.5, 0.01])
+    policy = build_policy(config, 6)
+    found = {policy.table(DrawKey(0, step, 0)) for step in range(50)}
+    assert found == {tuple(range(6)), (0, 0, 2, 2, 2, 5), (0,) * 6}
+    assert deployment_map(config, 6, 0.5) == (0, 0, 2, 2, 2, 5)
+    assert deployment_map(RoutingConfig(), 6, 0.5) == (0, 0, 2, 2, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"policy": "nested"}, "needs an order of the layers: set routing.order"),
+        ({"policy": "nested", "order": [1, 0, 2, 3]}, "must begin with layer 0"),
+        ({"policy": "nested", "order": [0, 1, 1, 3]}, r"must name each of 0..3 once"),
+        ({"policy": "r_cla", "order": [0, 1, 2, 3]}, "read by policy 'nested' only"),
+        ({"policy": "r_cla", "always_own": [4]}, "names layer 4, but the layers of the model are 0 to 3"),
+        ({"policy": "fixed", "kv_source_layers": [0, 0, 2, 2], "always_own": [1]}, "do not work together"),
+    ],
+    ids=str,
+)
+def test_orders_and_owners_that_cannot_be_are_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises((ValueError, UserError), match=message):
+        build_policy(RoutingConfig.model_validate(given), 4)

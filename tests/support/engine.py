@@ -64,7 +64,19 @@ def assign_full(engine: Any, run: Any, world: Any, weights: dict[str, np.ndarray
     engine.assign((parameter, part(name, parameter)) for name, parameter in engine.model.named())
 
 
-def run_step(engine: Any, run: Any, world: Any, step: int, plans: list[Any] | None = None) -> Any:
+def made_teacher(run: Any, world: Any) -> Any:
+    """With other weights than the model begins with; None where the run has no teacher."""
+    from skv_dist.parallel.teacher import Teacher
+
+    if not run.distillation.weight:
+        return None
+    engine = frozen_engine(run, world)
+    other = run.train.model_copy(update={"seed": run.train.seed + 1})
+    assign_initial_values(engine, run.model_copy(update={"train": other}))
+    return Teacher(engine, run.distillation.weight)
+
+
+def run_step(engine: Any, run: Any, world: Any, step: int, plans: list[Any] | None = None, teacher: Any = None) -> Any:
     """Forward and backward of the global batch of ``step``: the outcome of `run_batch`.
 
     Args:
@@ -77,7 +89,8 @@ def run_step(engine: Any, run: Any, world: Any, step: int, plans: list[Any] | No
     if plans is None:
         plans = drawn_plans(run, batches, step)
     seed_dropout(run.train.seed, step, batches[0].index)
-    return run_batch(engine, run, batches, plans, num_predictions=count_predictions(batches), train=True)
+    count = count_predictions(batches)
+    return run_batch(engine, run, batches, plans, num_predictions=count, train=True, teacher=teacher)
 
 
 def drawn_plans(run: Any, batches: list[Any], step: int) -> list[Any]:

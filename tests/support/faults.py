@@ -204,6 +204,43 @@ def chunks_without_overlap() -> Any:
     return mock.patch.object(chunk, "transformer_config", wrong)
 
 
+def teacher_borrows() -> Any:
+    from skv_dist.parallel.teacher import Teacher
+    from skv_dist.routing import RoutePlan
+
+    right = Teacher.__init__
+
+    def wrong(self: Any, engine: Any, weight: float) -> None:
+        right(self, engine, weight)
+        self._full = RoutePlan([0, 0, *range(2, self._full.num_layers)])
+
+    return mock.patch.object(Teacher, "__init__", wrong)
+
+
+def teacher_learns_from_itself() -> Any:
+    """The teacher's weights are those that the model begins with."""
+    from tests.support import engine
+
+    def same(right: Any, run: Any) -> None:
+        original(right, run.model_copy(update={"train": run.train.model_copy(update={"seed": run.train.seed - 1})}))
+
+    original = engine.assign_initial_values
+    return mock.patch.object(engine, "assign_initial_values", same)
+
+
+def teacher_of_the_batch_before() -> Any:
+    """What the teacher sends for one micro-batch is read with the next."""
+    from skv_dist.parallel.teacher import Teacher
+
+    right, last = Teacher.add_to, []
+
+    def wrong(self: Any, out: Any, lesson: Any) -> Any:
+        last.append(lesson)
+        return right(self, out, last[max(0, len(last) - 2)])
+
+    return mock.patch.object(Teacher, "add_to", wrong)
+
+
 def routes_within_two_stages() -> Any:
     """No fault: gives one process the tables that a pipeline of two draws with routing.within_stage."""
     from skv_dist.config.policy import build_policy

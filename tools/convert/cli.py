@@ -6,6 +6,7 @@ from pathlib import Path
 
 from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
+from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 
 
@@ -58,7 +59,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     checkpoint = checkpoint_at(arguments.checkpoint)
     if checkpoint != arguments.checkpoint:
         say(f"{arguments.checkpoint}: its newest checkpoint is {checkpoint}")
-    sources = _asked_map(arguments, config_of(checkpoint).model.num_layers)
+    sources = _asked_map(arguments, config_of(checkpoint))
     shard_bytes = int(arguments.shard_gb * 2**30)
     export = Export(sources, arguments.adaptive, arguments.architecture, arguments.dtype, shard_bytes)
     text = comparison_text(arguments.text, arguments.tokens)
@@ -86,12 +87,13 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _asked_map(arguments: argparse.Namespace, num_layers: int) -> tuple[int, ...]:
+def _asked_map(arguments: argparse.Namespace, run: RunConfig) -> tuple[int, ...]:
     """``kv_source_layers`` as one of the four options says it."""
-    from skv_dist.routing import map_from_cached_layers, map_from_retention, validate_sharing_map
+    from skv_dist.routing import map_from_cached_layers, validate_sharing_map
 
+    num_layers = run.model.num_layers
     if arguments.retention is not None:
-        return map_from_retention(num_layers, arguments.retention)
+        return run.sharing_map(arguments.retention)
     if arguments.cached_layers is not None:
         return map_from_cached_layers(num_layers, arguments.cached_layers)
     if arguments.kv_source_layers is not None:

@@ -75,9 +75,12 @@ class Engine(ABC):
         received: torch.Tensor | None = None,
         width: int | None = None,
         cache: KvCache | None = None,
+        teacher: torch.Tensor | None = None,
+        gather: bool = True,
     ) -> torch.Tensor:
         """`LocalModel.run_chunk`, with or without gradient."""
-        return self._call(self.model.run_chunk, index, plan, tokens, labels, documents, received, width, cache)
+        batch = (tokens, labels, documents)
+        return self._call(self.model.run_chunk, index, plan, *batch, received, width, cache, teacher, gather)
 
     def _call(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         """A method of the model, called through whatever must see every forward."""

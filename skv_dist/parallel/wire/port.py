@@ -22,6 +22,7 @@ class ChunkPort(torch.nn.Module):
         super().__init__()
         self.config: Any = chunk.config
         self.index = index
+        self.is_last: bool = chunk.has_head
         # Read by the interleaved schedule, which numbers the chunks of a rank.
         self.vp_stage = index if num_chunks > 1 else None
         self._received: torch.Tensor | None = None

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from tests.support import engine as engines
-from tests.support.engine import built, made_engine, run_step
+from tests.support.engine import built, made_engine, made_teacher, run_step
 from tests.support.settings import BASE
 
 STEPS = 2  # the second finds Adam's moments as the first has left them
@@ -34,9 +34,16 @@ def train(
 
 def _train(settings: dict[str, Any], steps: int, without_clipping: bool) -> dict[str, Any] | None:
     losses, norms = [], []
+
+    def record(outcome: Any) -> None:
+        losses.append(outcome.loss.item())
+        if outcome.divergence is not None:
+            losses.append(outcome.divergence.item())
+
     with built(settings) as (run, world):
+        teacher = made_teacher(run, world)
         with made_engine(run, world) as engine:
-            losses.append(run_step(engine, run, world, steps).loss.item())
+            record(run_step(engine, run, world, steps, teacher=teacher))
             if without_clipping:
                 engine.set_clip_grad_norm(0.0)
             norm, gradients = engines.capture_gradients(engine, run)
@@ -44,7 +51,7 @@ def _train(settings: dict[str, Any], steps: int, without_clipping: bool) -> dict
         with made_engine(run, world) as engine:
             engine.set_lr(run.optimizer.lr)
             for step in range(steps):
-                losses.append(run_step(engine, run, world, step).loss.item())
+                record(run_step(engine, run, world, step, teacher=teacher))
                 norms.append(float(engine.step().grad_norm))
             parameters = engines.full_weights(engine, run)
         result = {"losses": losses, "norms": norms, "parameters": parameters, "gradients": gradients}
