@@ -173,6 +173,8 @@ def torchrun_c10d(job: Job, config: str, *options: str, first: bool = True) -> N
 def on_c10d(job: Job, host: Host, config: str, *options: str, **environment: str) -> None:
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", f"{job.hosts[0].name}:29500"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
+    # Else torchrun 2.13 keeps where the first round met, and never tells a host that comes later (docs/operations.md).
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **environment}
     job.on(host, [*torchrun, *rendezvous, *options, "--no-python", "skv-train", config], **environment)
 
 

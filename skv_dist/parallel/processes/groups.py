@@ -1,8 +1,10 @@
 """Process groups: torch.distributed, Megatron's parallel_state, and the view of them that DeepSpeed wants."""
 
+import contextlib
 import datetime
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch.distributed as dist
 
 from skv_dist.config.parallel import ParallelConfig
 from skv_dist.errors import UserError
-from skv_dist.parallel.processes import launcher
+from skv_dist.parallel.processes import attempt, launcher
 
 _ours: set[str] = set()  # variables that no launcher had set
 _DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -71,7 +73,8 @@ def start(parallel: ParallelConfig) -> World:
     if not dist.is_initialized():
         timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
         try:
-            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+            with _connecting():
+                _init("nccl" if on_gpu else "gloo", timeout)
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             place = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
             raise UserError(
@@ -81,13 +84,14 @@ def start(parallel: ParallelConfig) -> World:
 
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
-    )
+    with _connecting():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
+        )
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
@@ -96,6 +100,34 @@ def start(parallel: ParallelConfig) -> World:
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def _init(backend: str, timeout: datetime.timedelta) -> None:
+    store = attempt.own_store(timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+        dist.init_process_group(backend, timeout=timeout, store=store, **place)
+
+
+@contextlib.contextmanager
+def _connecting() -> Iterator[None]:
+    """Turns gloo's failure to reach another process into one line.
+
+    Raises:
+        UserError: in place of gloo's error, which is a plain RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (found := re.search(r"connectFullMesh failed with (?:\[[^]]*\] )?(.*)", str(error))):
+            raise
+        raise UserError(
+            f"rank {dist.get_rank() if dist.is_initialized() else os.environ['RANK']} cannot reach another process "
+            f"({found[1]}): it has ended, or a network lets nothing through; let the hosts of a run reach each other "
+            "on all ports"
+        ) from error
 
 
 def leave_model_parallel() -> None:
