@@ -7,7 +7,8 @@ before anything is loaded and again by the planner that would be asked to. Tenso
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from skv_dist.checkpoint import folder as files
 from skv_dist.errors import UserError, cause_in_one_line
@@ -88,10 +89,49 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class _TensorPlanner(DefaultLoadPlanner):
-    """DCP's planner, with its unrestricted unpickling of bytes taken out."""
+    """DCP's planner, with its unrestricted unpickling of bytes taken out, which leaves nothing unfilled.
+
+    Args:
+        folder: that is read, for messages.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def create_local_plan(self) -> LoadPlan:
+        """DCP's plan, where it fills every element. DCP by itself leaves alone what no stored chunk holds.
+
+        Raises:
+            UserError: naming a tensor of which something is not stored, or is stored twice.
+        """
+        plan = super().create_local_plan()
+        found: Counter[tuple[str, torch.Size | None]] = Counter()
+        for item in plan.items:
+            found[item.dest_index.fqn, item.dest_index.offset] += item.lengths.numel()
+        assert self.metadata is not None
+        for name, tensor in self.state_dict.items():
+            if not isinstance(self.metadata.state_dict_metadata[name], TensorStorageMetadata):
+                continue  # `load_bytes` refuses it
+            for offsets, wanted in _chunks_of(tensor):
+                if found[name, offsets] != wanted:
+                    raise UserError(
+                        f"checkpoint {self._folder} is damaged: .metadata knows where {found[name, offsets]} of "
+                        f"{wanted} elements of {name!r} lie"
+                    )
+        return plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise UserError(f"{read_item.dest_index.fqn!r} is stored as bytes, which are not read")
+
+
+def _chunks_of(tensor: torch.Tensor) -> Iterator[tuple[torch.Size, int]]:
+    """Offsets and number of elements of each block that is read into."""
+    if hasattr(tensor, "__create_chunk_list__"):
+        for chunk in tensor.__create_chunk_list__():
+            yield chunk.offsets, chunk.sizes.numel()
+    else:
+        yield torch.Size([0] * tensor.dim()), tensor.numel()
 
 
 # DCP reports what went wrong on any rank by a class that is no Exception.
@@ -112,7 +152,7 @@ def read_into(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         UserError: the folder is damaged, does not hold them with their shapes, or is refused.
     """
     try:
-        dcp.load(dict(tensors), storage_reader=SafeReader(folder), planner=_TensorPlanner(), no_dist=True)
+        dcp.load(dict(tensors), storage_reader=SafeReader(folder), planner=_TensorPlanner(folder), no_dist=True)
     except DCP_ERRORS as problem:
         cause = cause_of(problem)
         if isinstance(cause, UserError):

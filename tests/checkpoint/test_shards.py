@@ -8,7 +8,7 @@ import torch
 from skv_dist.checkpoint.shards import blocks_of_piece
 from skv_dist.parallel.engines.base import Piece
 from skv_dist.parallel.tensor_split import Columns, Halves, Replicated, Rows, Split, Vocabulary
-from tests.support.jobs.saves import snapshot_of
+from tests.support.jobs.saves import noticed_payloads, snapshot_of
 from tests.support.layouts import SMALL
 from tests.support.settings import config
 
@@ -65,3 +65,10 @@ def test_a_save_sends_nothing_and_shares_out_the_copies(workers: Any, processes:
         copied = [elements for _, elements, _ in answers]
         assert sum(copied) == alone[1]
         assert max(copied) <= alone[1] / processes + 3 * max(answers[0][2], alone[1] // 12)
+
+
+def test_whatever_is_sent_is_noticed(workers: Any) -> None:
+    """Or the test above would show nothing."""
+    first, second = workers(2)(noticed_payloads)
+    assert first == {name: [32] for name in first}
+    assert second == {name: [16] if name in ("gather", "scatter") else [32] for name in first}

@@ -1,10 +1,7 @@
 """A checkpoint that was made to execute code: every reader refuses it, and nothing is executed."""
 
 import os
-import pickle
-import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.load import read_tensors, tensor_shapes
 from skv_dist.checkpoint.metadata import SafeReader, read_into
 from skv_dist.errors import UserError
+from tests.support.checkpoints import changed
 from tests.support.jobs.checkpoint import read_frozen
 from tests.support.jobs.loop import run_training
 from tests.support.settings import run_settings
@@ -42,18 +40,6 @@ def finished(workers: Any, text: Path, tmp_path_factory: pytest.TempPathFactory)
     out = tmp_path_factory.mktemp("finished")
     workers(1)(run_training, run_settings(text, out, train={"steps": 1}, eval={"every": 0}))
     return files.folder_of(out / "checkpoints", 1)
-
-
-def changed(finished: Path, folder: Path, change: Callable[[Any, Path], None]) -> Path:
-    """A copy whose ``.metadata`` was changed, under a manifest that fits it."""
-    shutil.copytree(finished, folder)
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    change(metadata, folder)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    (folder / files.MANIFEST).unlink()
-    files.seal(folder, {path.name: files.digest(path) for path in folder.iterdir()})
-    files.verify(folder)
-    return folder
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from skv_dist.config.run import RunConfig
 from skv_dist.model import initialize
 from skv_dist.model.initialize import initial_rows, row_blocks
-from tests.support.jobs.initial_values import drawn_elements
+from tests.support.jobs.initial_values import drawn_elements, largest_at_start
 from tests.support.settings import config
 
 WHOLE = 1 << 24
@@ -43,3 +43,9 @@ def test_every_layout_draws_the_same_values_once(workers: Any, parallel: dict[st
     counts = [count for count, _ in answers]
     assert sum(counts) == alone
     assert max(counts) < 1.4 * alone / processes
+
+
+def test_no_rank_makes_a_tensor_of_a_full_parameter(workers: Any) -> None:
+    settings = config(parallel={"tensor": 2, "sequence_parallel": True, "zero_stage": 0})
+    for largest, part, full in workers(2)(largest_at_start, settings, 256):
+        assert largest <= part < full

@@ -1,6 +1,8 @@
 """Runs that leave checkpoints, and whether two checkpoints are the same."""
 
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,11 @@ def small_run(text: Path, out: Path, layout: Layout, **sections: Any) -> dict[st
     )
 
 
-def whole_run(workers: Any, text: Path, out: Path, layout: Layout, **sections: Any) -> list[dict[str, Any]]:
+def whole_run(
+    workers: Any, text: Path, out: Path, layout: Layout, job: Callable[..., Any] = run_training, **sections: Any
+) -> list[dict[str, Any]]:
     """The lines of metrics of such a run, without how long checkpoints took."""
-    lines = workers(layout.processes)(run_training, small_run(text, out, layout, **sections))[0]
+    lines = workers(layout.processes)(job, small_run(text, out, layout, **sections))[0]
     return [{key: value for key, value in line.items() if not key.startswith("checkpoint/")} for line in lines]
 
 
@@ -54,3 +58,15 @@ def resumed_run(
     shutil.copytree(files.folder_of(before / "checkpoints", HALF), files.folder_of(out / "checkpoints", HALF))
     shutil.copy(before / "metrics.jsonl", out / "metrics.jsonl")
     return whole_run(workers, text, out, layout, **sections)
+
+
+def changed(finished: Path, folder: Path, change: Callable[[Any, Path], None]) -> Path:
+    """A copy whose ``.metadata`` was changed, under a manifest that fits it."""
+    shutil.copytree(finished, folder)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata, folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    (folder / files.MANIFEST).unlink()
+    files.seal(folder, {path.name: files.digest(path) for path in folder.iterdir()})
+    files.verify(folder)
+    return folder

@@ -59,11 +59,13 @@ class Engine(ABC):
     Attributes:
         model: the chunks of this rank.
         optimizer: over the fp32 weights that this rank updates.
+        unset: parameters whose weight was neither drawn nor written yet. Nothing is computed while there are any.
     """
 
     model: LocalModel
     optimizer: GuardedAdamW
     tied: TiedHead
+    unset: set[torch.nn.Parameter]
 
     def forward(
         self,
@@ -78,7 +80,14 @@ class Engine(ABC):
         teacher: torch.Tensor | None = None,
         gather: bool = True,
     ) -> torch.Tensor:
-        """`LocalModel.run_chunk`, with or without gradient."""
+        """`LocalModel.run_chunk`, with or without gradient.
+
+        Raises:
+            RuntimeError: the weights were not drawn, and not all of them were written since.
+        """
+        if self.unset:
+            names = sorted(name for name, parameter in self.model.named() if parameter in self.unset)
+            raise RuntimeError(f"{len(names)} parameters have no value yet, such as {names[0]}")
         batch = (tokens, labels, documents)
         return self._call(self.model.run_chunk, index, plan, *batch, received, width, cache, teacher, gather)
 
@@ -129,9 +138,17 @@ class Engine(ABC):
         """
         return None
 
-    @abstractmethod
     def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
-        """The inverse of `read`; of a weight also the working copy. A caller refreshes `tied` behind the last one."""
+        """The inverse of `read`; of a weight also the working copy. No communication.
+
+        A caller refreshes `tied` behind the last one.
+        """
+        self._write(parameter, quantity, value)
+        if quantity is Quantity.WEIGHT:
+            self.unset.discard(parameter)
+
+    @abstractmethod
+    def _write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None: ...
 
     @abstractmethod
     def set_clip_grad_norm(self, limit: float) -> None:

@@ -17,7 +17,8 @@ def create_engine(run: RunConfig, device: torch.device, *, initialize: bool = Tr
 
     Args:
         run: the complete configuration; process groups must exist.
-        initialize: draw the initial weights. Else they hold anything until a checkpoint is loaded.
+        initialize: draw the initial weights. Else each weight has to be written before the first forward, which
+            refuses to run without.
 
     Raises:
         UserError: see `skv_dist.parallel.freezing.freeze`.

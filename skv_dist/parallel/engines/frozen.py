@@ -17,6 +17,7 @@ class FrozenEngine(Engine):
         self.model = build_local_model(run, device)
         self.model.requires_grad_(False)
         self.model.eval()
+        self.unset = set(self.model.parameters())
         self.tied = TiedHead(self.model, run)
 
     def _update(self, skip_update: torch.Tensor | bool) -> StepOutcome:
@@ -29,7 +30,7 @@ class FrozenEngine(Engine):
         return parameter.detach().float()
 
     @torch.no_grad()
-    def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
+    def _write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
         parameter.copy_(value)
 
     def _masters(self) -> Sequence[torch.Tensor]:

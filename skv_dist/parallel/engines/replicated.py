@@ -34,6 +34,7 @@ class ReplicatedEngine(Engine):
         self._clip = run.optimizer.clip_grad_norm
         self._model_group = parallel_state.get_model_parallel_group()
         named = list(self.model.trainable())
+        self.unset = set() if initialize else set(self.model.parameters())
         with torch.no_grad():
             for parameter, value in local_initial_values(run, self.model) if initialize else ():
                 parameter.copy_(value)
@@ -100,7 +101,7 @@ class ReplicatedEngine(Engine):
         return self._stored(parameter, quantity).detach() if parameter.requires_grad else parameter.detach().float()
 
     @torch.no_grad()
-    def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
+    def _write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
         if parameter.requires_grad:
             self._stored(parameter, quantity).copy_(value)
         if quantity is Quantity.WEIGHT:

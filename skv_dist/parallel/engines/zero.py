@@ -100,8 +100,9 @@ class ZeroEngine(Engine):
         config = deepspeed_config(run)
         self._stage = run.parallel.zero_stage
         self.model = self._build_model(run, device, config)
-        if initialize:
-            self._write_copies(local_initial_values(run, self.model))
+        self.unset = set() if initialize else set(self.model.parameters())
+        for parameter, value in local_initial_values(run, self.model) if initialize else ():
+            self._write_copy(parameter, value)
         self.optimizer = build_optimizer(self.model.trainable(), run.optimizer, device.type == "cuda")
         self.optimizer.skip_update = self._must_skip
         self._asked_to_skip = False
@@ -144,16 +145,16 @@ class ZeroEngine(Engine):
         return model
 
     @torch.no_grad()
-    def _write_copies(self, values: Iterator[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
-        """Set the working copies of parameters, one at a time."""
-        import deepspeed
+    def _write_copy(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+        """Set the working copy of a parameter; with stage 3 this replica's share of it."""
+        if self._stage < 3:
+            parameter.data.copy_(value)
+            return
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        for parameter, value in values:
-            if self._stage < 3:
-                parameter.data.copy_(value)
-                continue
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # a rank within the data group
-                parameter.data.copy_(value)
+        _set_partition(parameter.ds_tensor, value)  # type: ignore[attr-defined]
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+            parameter.data.copy_(value)  # DeepSpeed keeps small parameters whole from their first use on
 
     def _call(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         return self._engine(function, *args)
@@ -236,28 +237,29 @@ class ZeroEngine(Engine):
             return parameter.detach().float().clone()
 
     @torch.no_grad()
-    def write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
+    def _write(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if not parameter.requires_grad:
             pass  # has no master
         elif self._stage == 3:
-            self._write_partition(parameter, quantity, value)
+            # DeepSpeed's ``safe_set_...`` reads past the end of a value that the replicas do not divide.
+            key = None if quantity is Quantity.WEIGHT else quantity.value
+            _set_partition(self._zero._get_fp32_opt_state_partition(parameter, False, optim_state_key=key)[0], value)
         elif quantity is Quantity.WEIGHT:
             safe_set_full_fp32_param(parameter, value)
         else:
             safe_set_full_optimizer_state(parameter, value, quantity.value)
         if quantity is Quantity.WEIGHT:
-            self._write_copies(iter([(parameter, value)]))
-
-    def _write_partition(self, parameter: torch.nn.Parameter, quantity: Quantity, value: torch.Tensor) -> None:
-        """Stage 3: DeepSpeed's ``safe_set_...`` reads past the end of a value that the replicas do not divide."""
-        key = None if quantity is Quantity.WEIGHT else quantity.value
-        partition, _ = self._zero._get_fp32_opt_state_partition(parameter, False, optim_state_key=key)
-        begin = partition.numel() * self._zero._get_param_partition_rank(parameter)
-        part = value.flatten()[begin : begin + partition.numel()]
-        partition[: part.numel()].copy_(part)
+            self._write_copy(parameter, value)
 
     def close(self) -> None:
         super().close()
         self._engine.destroy()
+
+
+def _set_partition(partition: torch.Tensor, value: torch.Tensor) -> None:
+    """Stage 3: copy this replica's share of a flattened value into its partition, which may have padding at its end."""
+    begin = partition.numel() * parallel_state.get_data_parallel_rank()
+    share = value.flatten()[begin : begin + partition.numel()]
+    partition.view(-1)[: share.numel()].copy_(share)
