@@ -107,8 +107,8 @@ def _init(backend: str, timeout: datetime.timedelta) -> None:
     if store is None:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-        dist.init_process_group(backend, timeout=timeout, store=store, **place)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
 
 
 @contextlib.contextmanager
