@@ -21,7 +21,8 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="skv-eval",
         description=__doc__,
-        epilog="skv-eval questions CHECKPOINT FILE scores answers to questions (skv-eval questions --help)",
+        epilog="skv-eval questions CHECKPOINT FILE scores answers to questions, skv-eval search CHECKPOINT looks for "
+        "the layers whose cache is worth most (skv-eval questions --help, skv-eval search --help)",
     )
     parser.add_argument(
         "checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100; RUN means its newest"
@@ -40,33 +41,32 @@ def main(argv: list[str]) -> int:
         from skv_dist.commands.evaluate_questions import evaluate_questions
 
         return evaluate_questions(argv[1:])
+    if argv and argv[0] == "search":
+        from skv_dist.commands.search_layers import search_layers
+
+        return search_layers(argv[1:])
     from skv_dist.checkpoint.kinds import checkpoint_at
 
     arguments = maps.parse(_parser(), argv)
     arguments.checkpoint = checkpoint_at(arguments.checkpoint)
     run = _configuration(arguments)
 
-    from skv_dist.checkpoint.folder import CONFIG, read_state
     from skv_dist.checkpoint.frozen_model import frozen_model
     from skv_dist.checkpoint.travelling import tokenizer_of
-    from skv_dist.data.open import open_data
-    from skv_dist.data.split import rule_of
+    from skv_dist.commands.validation import nothing_held_out, validation_samples
     from skv_dist.evaluation.sweep import evaluation_batches, sweep
     from skv_dist.parallel.processes import groups
-    from skv_dist.parallel.processes.rendezvous import wait_for_all
 
     plans = maps.plans(arguments, run)
     tokenizer = tokenizer_of(arguments.checkpoint, run.data.tokenizer)
     world = groups.start(run.parallel)
     engine = frozen_model(run, arguments.checkpoint, world)
-    rule = rule_of(read_state(arguments.checkpoint), run.data, run.checkpoint.allow_changed)
-    _, validation = open_data(run.data, tokenizer, run.train.seed, wait_for_all, rule=rule)
+    validation = validation_samples(arguments.checkpoint, run)
     losses: dict[str, float] = {}
     if validation is not None:
         losses = sweep(engine, run, evaluation_batches(run, world, validation), plans)
     elif arguments.prompt is None:
-        config = arguments.checkpoint / CONFIG
-        raise UserError(f"{config}: data holds out no validation text: set data.validation_fraction")
+        raise nothing_held_out(arguments.checkpoint)
     for name, plan in plans.items():
         if world.is_first and losses:
             num_owners = len(set(plan.table))

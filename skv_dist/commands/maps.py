@@ -10,12 +10,17 @@ from skv_dist.errors import UserError
 from skv_dist.routing import RoutePlan, map_from_cached_layers
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every command that measures a checkpoint."""
+def describe_overrides(parser: argparse.ArgumentParser) -> None:
+    """Say what `parse` does with arguments that no option takes."""
     parser.description = (
         f"{parser.description} Arguments of the form section.key=value, such as parallel.tensor=2, change the "
         "checkpoint's configuration; it is laid out over one process unless they say otherwise."
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that measures a checkpoint under maps that are given."""
+    describe_overrides(parser)
     parser.add_argument("--retention", type=float, nargs="+", metavar="R", help="default: eval.retention")
     parser.add_argument(
         "--cached-layers",
@@ -59,7 +64,7 @@ def configuration(arguments: argparse.Namespace, asked: list[str]) -> RunConfig:
     from skv_dist.checkpoint.frozen_model import config_of
     from skv_dist.parallel.processes import launcher
 
-    if arguments.retention is not None:
+    if getattr(arguments, "retention", None) is not None:
         asked = [f"eval.retention={json.dumps(arguments.retention)}", *asked]
     run = config_of(arguments.checkpoint, [*asked, *arguments.overrides])
     derive(run, launcher.world_size())

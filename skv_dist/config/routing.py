@@ -1,10 +1,12 @@
 """``routing``: which layer's K/V each layer attends to while training."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from skv_dist.config.section import Section
+from skv_dist.routing.found import read_found
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Step = Annotated[int, Field(ge=0)]
@@ -55,8 +57,11 @@ class RoutingConfig(Section):
 
     order: list[Layer] | None = None
     """Numbers of all layers, those that must keep their cache first. Layer 0 comes first, as nothing before it could
-    lend. Needed by policy nested and refused with any other. Evaluations of a run with it keep the first layers of this
-    order at each size of eval.retention, in place of uniform groups."""
+    lend. Needed by policy nested (or order_from) and refused with any other. Evaluations of a run with it keep the
+    first layers of this order at each size of eval.retention, in place of uniform groups."""
+
+    order_from: str | None = Field(default=None, min_length=1)
+    """File that skv-eval search --json has written, whose order becomes order. Read once, at the start."""
 
     budgets: list[Budget] = [1.0, 0.5, 0.25]
     """Parts of the cache that are kept. Read by policy nested, which takes one of them at random for each
@@ -88,6 +93,16 @@ class RoutingConfig(Section):
     stop: StepOrPart | None = None
     """Step from which each layer uses its own K/V again. Below 1: a part of train.steps. null: routing goes on to the
     end."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_order(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("order_from"), str) or not given["order_from"]:
+            return given
+        if given.get("order") is not None:
+            raise ValueError("order and order_from both say in which order layers keep their cache: leave one out")
+        order = read_found(Path(given["order_from"]).expanduser()).order
+        return {**given, "order": list(order), "order_from": None}
 
     @field_validator("start", "ramp", "stop")
     @classmethod

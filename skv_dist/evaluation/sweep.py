@@ -15,8 +15,8 @@ def retention_plans(run: RunConfig) -> dict[str, RoutePlan]:
     return {f"loss@{retention:.2f}": RoutePlan(run.sharing_map(retention)) for retention in run.eval.retention}
 
 
-def evaluation_batches(run: RunConfig, world: World, samples: Samples) -> list[MicroBatch]:
-    """This replica's part of the first ``eval.samples`` samples.
+def evaluation_batches(run: RunConfig, world: World, samples: Samples, first: int = 0) -> list[MicroBatch]:
+    """This replica's part of the ``eval.samples`` samples from ``first`` on.
 
     Micro-batches are filled up with samples that do not count, so that the result does not depend on the layout.
     """
@@ -24,7 +24,7 @@ def evaluation_batches(run: RunConfig, world: World, samples: Samples) -> list[M
     rounds = -(-run.eval.samples // (size * replicas))
     if run.parallel.virtual_pipeline > 1:  # the interleaved schedule takes a multiple of its stages
         rounds = -(-rounds // run.parallel.pipeline) * run.parallel.pipeline
-    batches = micro_batches(samples, 0, rounds, size, world.data_rank, replicas, run.data.reset_attention)
+    batches = micro_batches(samples, first, rounds, size, world.data_rank, replicas, run.data.reset_attention)
     for batch in batches:
         batch.loss_mask[max(0, run.eval.samples - batch.index * size) :] = 0
     return [batch.to(world.device) for batch in batches]

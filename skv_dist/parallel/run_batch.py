@@ -28,11 +28,14 @@ class BatchOutcome:
     Attributes:
         loss: float32 scalar, mean over the global batch in nats per prediction, the same on all ranks.
         divergence: likewise, KL(teacher || model); None without a teacher.
+        sums: on the last pipeline stage the summed loss of each sequence, [b] for each micro-batch of this replica
+            (with a teacher [2, b]); elsewhere empty.
         wire_bytes: what this rank sent to other pipeline stages.
     """
 
     loss: torch.Tensor
     divergence: torch.Tensor | None
+    sums: list[torch.Tensor]
     wire_bytes: int
 
 
@@ -81,13 +84,12 @@ def run_batch(
         engine.model.train(train)
     with torch.set_grad_enabled(train):
         scale = _loss_scale(num_predictions)
-        summed_losses = _run_schedule(engine, teacher, ports, work, widths, communicator, scale, train)
+        sums = _run_schedule(engine, teacher, ports, work, widths, communicator, scale, train)
     if train:
         engine.add_tied_gradient()
-    means = (_over_all_ranks(summed_losses, teacher is not None, batches[0].tokens.device) / num_predictions).float()
-    if teacher is None:
-        return BatchOutcome(means, None, communicator.sent_bytes)
-    return BatchOutcome(means[0], means[1], communicator.sent_bytes)
+    means = (_over_all_ranks(sums, teacher is not None, batches[0].tokens.device) / num_predictions).float()
+    loss, divergence = (means, None) if teacher is None else means
+    return BatchOutcome(loss, divergence, sums, communicator.sent_bytes)
 
 
 def _ports(engine: Engine) -> list[ChunkPort]:
@@ -110,10 +112,7 @@ def _run_schedule(
     loss_scale: torch.Tensor,
     train: bool,
 ) -> list[torch.Tensor]:
-    """Run Megatron's schedule; on the last stage the summed loss of each micro-batch, elsewhere nothing.
-
-    With a teacher it is [2]: the summed loss and the summed divergence.
-    """
+    """Run Megatron's schedule; returns `BatchOutcome.sums`."""
 
     def forward_step(waiting: Iterator[Work], port: ChunkPort) -> tuple[torch.Tensor, object]:
         batch, plan = next(waiting)
@@ -130,10 +129,11 @@ def _run_schedule(
 
         def loss(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             """losses [..., b, s] -> what backward begins from, a count of tokens, and what the schedule returns."""
-            summed = (losses * batch.loss_mask).sum(dim=(-2, -1))
+            by_sequence = (losses * batch.loss_mask).sum(dim=-1)
+            summed = by_sequence.sum(dim=-1)
             objective = summed if teacher is None else teacher.objective(summed)
             # Megatron would count tokens and divide by them; the division is already in our scale.
-            return objective * loss_scale, torch.zeros([], dtype=torch.int, device=summed.device), summed.detach()
+            return objective * loss_scale, torch.zeros([], dtype=torch.int, device=summed.device), by_sequence.detach()
 
         return out, loss
 
@@ -152,13 +152,13 @@ def _run_schedule(
     )
 
 
-def _over_all_ranks(summed_losses: Sequence[torch.Tensor], taught: bool, device: torch.device) -> torch.Tensor:
+def _over_all_ranks(sums: Sequence[torch.Tensor], taught: bool, device: torch.device) -> torch.Tensor:
     """The sum of the losses of the global batch, on all ranks. The last stage knows those of its replica."""
     group = parallel_state.get_pipeline_model_parallel_group()
     last = group.size() - 1
     is_last = parallel_state.get_pipeline_model_parallel_rank() == last
     shape = [2] if taught else []
-    loss_sum = torch.stack(list(summed_losses)).sum(0) if is_last else torch.zeros(shape, device=device)
+    loss_sum = torch.cat(list(sums), dim=-1).sum(-1) if is_last else torch.zeros(shape, device=device)
     if last:
         dist.broadcast(loss_sum, dist.get_global_rank(group, last), group=group)
     dist.all_reduce(loss_sum, group=parallel_state.get_data_parallel_group())

@@ -53,6 +53,8 @@ def model_card(
     ]
     if not export.is_stock:
         lines += [*_row_table(["layer", *range(len(export.sources))], ["reads the K/V of", *export.sources]), ""]
+    if export.chosen:
+        lines += [f"This map was {export.chosen}." if "found" in export.chosen else f"This map: {export.chosen}.", ""]
     lines += ["## Measured", "", *_comparison(config, findings), "", *_losses(checkpoint, step)]
     lines += ["## Loading", "", *_loading_code(name, config, export, chats), "", *_engines(name, config, block)]
     return "\n".join(lines) + "\n"

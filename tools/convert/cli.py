@@ -9,6 +9,9 @@ from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 
+from .blocks import Map
+from .searched import found_map
+
 
 def _from_hf(arguments: argparse.Namespace) -> int:
     from skv_dist.files import new_folder
@@ -59,9 +62,9 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     checkpoint = checkpoint_at(arguments.checkpoint)
     if checkpoint != arguments.checkpoint:
         say(f"{arguments.checkpoint}: its newest checkpoint is {checkpoint}")
-    sources = _asked_map(arguments, config_of(checkpoint))
+    sources, chosen = _asked_map(arguments, checkpoint, config_of(checkpoint))
     shard_bytes = int(arguments.shard_gb * 2**30)
-    export = Export(sources, arguments.adaptive, arguments.architecture, arguments.dtype, shard_bytes)
+    export = Export(sources, arguments.adaptive, arguments.architecture, arguments.dtype, shard_bytes, chosen)
     text = comparison_text(arguments.text, arguments.tokens)
     check_expressible(checkpoint, export)
     with new_folder(arguments.out) as folder:
@@ -87,18 +90,23 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _asked_map(arguments: argparse.Namespace, run: RunConfig) -> tuple[int, ...]:
-    """``kv_source_layers`` as one of the four options says it."""
+def _asked_map(arguments: argparse.Namespace, checkpoint: Path, run: RunConfig) -> tuple[Map, str]:
+    """``kv_source_layers`` as one of the options says it, and for the card how it was chosen."""
     from skv_dist.routing import map_from_cached_layers, validate_sharing_map
 
     num_layers = run.model.num_layers
+    if (arguments.from_search is None) != (arguments.budget is None):
+        raise UserError("--from-search FILE and --budget R belong together: give both")
+    if arguments.from_search is not None:
+        return found_map(arguments.from_search, arguments.budget, checkpoint, num_layers)
     if arguments.retention is not None:
-        return run.sharing_map(arguments.retention)
+        of_order = "the first layers of the order of the run" if run.routing.order is not None else "uniform groups"
+        return run.sharing_map(arguments.retention), f"{of_order} at {arguments.retention:g} of the cache"
     if arguments.cached_layers is not None:
-        return map_from_cached_layers(num_layers, arguments.cached_layers)
+        return map_from_cached_layers(num_layers, arguments.cached_layers), "given by hand"
     if arguments.kv_source_layers is not None:
-        return validate_sharing_map(arguments.kv_source_layers, num_layers)
-    return tuple(range(num_layers))
+        return validate_sharing_map(arguments.kv_source_layers, num_layers), "given by hand"
+    return tuple(range(num_layers)), ""
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -171,9 +179,13 @@ def _parser() -> ArgumentParser:
     export.add_argument("out", type=Path, help="folder to create")
     sharing = export.add_mutually_exclusive_group()
     sharing.add_argument("--full", action="store_true", help="every layer keeps a cache: stock code (default)")
-    sharing.add_argument("--retention", type=float, metavar="R", help="uniform groups of round(1/R) layers")
+    sharing.add_argument(
+        "--retention", type=float, metavar="R", help="uniform groups of round(1/R) layers, or by the run's order"
+    )
+    sharing.add_argument("--from-search", type=Path, metavar="FILE", help="what skv-eval search found, with --budget")
     sharing.add_argument("--cached-layers", type=int, nargs="+", metavar="L", help="these layers keep a cache")
     sharing.add_argument("--kv-source-layers", type=int, nargs="+", metavar="L", help="the source of each layer")
+    export.add_argument("--budget", type=float, metavar="R", help="which of the sets in --from-search")
     export.add_argument("--adaptive", action="store_true", help="keep all K/V weights: the map is chosen at load")
     export.add_argument("--architecture", choices=("llama", "qwen3", "mistral"), help="of a full export")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the run's precision")

@@ -46,6 +46,7 @@ class Export:
         architecture: whose layers a model that shares nothing is said to have; None chooses.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None: what the run computed in.
         shard_bytes: a file of weights is no larger, unless one tensor is.
+        chosen: how the map was chosen, in words; empty where nothing is shared.
     """
 
     sources: Map
@@ -53,6 +54,7 @@ class Export:
     architecture: str | None = None
     dtype: str | None = None
     shard_bytes: int = 2 * 2**30
+    chosen: str = ""
 
     @property
     def is_stock(self) -> bool:

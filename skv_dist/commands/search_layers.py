@@ -1,0 +1,194 @@
+"""``skv-eval search``: which layers should keep their cache, for each budget of memory."""
+
+import argparse
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skv_dist.commands import maps
+from skv_dist.commands.arguments import ArgumentParser
+from skv_dist.config.run import RunConfig
+from skv_dist.errors import UserError
+
+if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
+    from skv_dist.evaluation.search.measured import Measured
+    from skv_dist.evaluation.search.search import Found, Result
+    from skv_dist.parallel.engines.base import Engine
+    from skv_dist.parallel.processes.groups import World
+
+_RANDOM_SETS = 5
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="skv-eval search",
+        description=__doc__,
+        epilog="example: skv-eval search RUN --budgets 0.5 0.25 --samples 64 --json layers.json",
+    )
+    parser.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100; RUN: its newest")
+    parser.add_argument(
+        "--budgets",
+        type=float,
+        nargs="+",
+        metavar="R",
+        default=[0.75, 0.5, 0.33, 0.25, 0.125],
+        help="parts of the cache that may be kept (default: 0.75 0.5 0.33 0.25 0.125)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help="validation sequences to search on; as many behind them measure what was found (default: eval.samples)",
+    )
+    parser.add_argument("--keep", type=int, nargs="+", default=[], metavar="L", help="layers that keep their cache")
+    parser.add_argument("--apart", type=int, metavar="N", help="at most so many layers use one cache")
+    parser.add_argument(
+        "--stages",
+        type=int,
+        default=1,
+        metavar="P",
+        help="equal pipeline stages of the deployment, which no map may cross (vLLM refuses such)",
+    )
+    parser.add_argument("--free-sources", action="store_true", help="a sharer may use any owner, not only the nearest")
+    parser.add_argument("--json", type=Path, help="write what was found to this file, for exports and training")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    maps.describe_overrides(parser)
+    return parser
+
+
+def search_layers(argv: list[str]) -> int:
+    """The command behind its name.
+
+    Raises:
+        UserError: the checkpoint or an argument is not what it should be.
+    """
+    from skv_dist.checkpoint.kinds import checkpoint_at
+
+    arguments = maps.parse(_parser(), argv)
+    arguments.checkpoint = checkpoint_at(arguments.checkpoint)
+    if arguments.samples is not None and arguments.samples < 2:
+        raise UserError(f"--samples must be at least 2, of which differences get their error, got {arguments.samples}")
+    asked = [] if arguments.samples is None else [f"eval.samples={arguments.samples}"]
+    run = maps.configuration(arguments, asked)
+
+    from skv_dist.evaluation.search.constraints import Constraints
+    from skv_dist.evaluation.search.search import search, sizes
+
+    constraints = Constraints.of(run.model.num_layers, arguments.keep, arguments.apart, arguments.stages)
+    sizes(arguments.budgets, constraints)
+
+    from skv_dist.checkpoint.frozen_model import frozen_model
+    from skv_dist.parallel.processes import groups
+
+    world = groups.start(run.parallel)
+    engine = frozen_model(run, arguments.checkpoint, world)
+    seen, unseen = _measured(arguments, run, world, engine)
+    result = search(seen, arguments.budgets, constraints, free_sources=arguments.free_sources)
+    content = _content(arguments, run, result, seen, unseen, constraints.keep)
+    if world.is_first:
+        print(_table(content))
+        if arguments.json is not None:
+            maps.write_json(arguments.json, content)
+    groups.stop()
+    return 0
+
+
+def _measured(
+    arguments: argparse.Namespace, run: RunConfig, world: "World", engine: "Engine"
+) -> "tuple[Measured, Measured]":
+    """Losses on the sequences of the search, and on as many behind them."""
+    from tqdm import tqdm
+
+    from skv_dist.commands.validation import nothing_held_out, validation_samples
+    from skv_dist.evaluation.search.measured import Measured, Table
+    from skv_dist.evaluation.search.sequences import SequenceLosses
+    from skv_dist.evaluation.sweep import evaluation_batches
+
+    samples = validation_samples(arguments.checkpoint, run)
+    if samples is None:
+        raise nothing_held_out(arguments.checkpoint)
+    both = []
+    for title, first in (("search", 0), ("check", run.eval.samples)):
+        losses = SequenceLosses(engine, run, evaluation_batches(run, world, samples, first))
+        bar = tqdm(desc=title, unit="map", disable=not world.is_first)
+
+        def measure(table: Table, losses: SequenceLosses = losses, bar: Any = bar) -> Any:
+            bar.update(1)
+            return losses(table)
+
+        both.append(Measured(run.model.num_layers, measure, losses.counts))
+    return both[0], both[1]
+
+
+def _content(
+    arguments: argparse.Namespace,
+    run: RunConfig,
+    result: "Result",
+    seen: "Measured",
+    unseen: "Measured",
+    keep: frozenset[int],
+) -> dict[str, Any]:
+    """What the file holds: see docs/deployment.md."""
+    from skv_dist.checkpoint.folder import MANIFEST, digest
+    from skv_dist.routing.found import FORMAT
+    from skv_dist.versions import software
+
+    full = tuple(range(run.model.num_layers))
+    return {
+        "format": FORMAT,
+        "checkpoint": str(arguments.checkpoint),
+        "fingerprint": digest(arguments.checkpoint / MANIFEST)["sha256"],
+        "software": software(),
+        "sequences": len(seen.sums(full)),
+        "maps_measured": seen.num_measured,
+        "order": list(result.order),
+        "order_holds_from": result.fewest,
+        "full": {"loss": unseen.loss(full), "error": unseen.error(full)},
+        "budgets": [_entry(run, found, seen, unseen, keep) for found in result.found],
+    }
+
+
+def _entry(
+    run: RunConfig, found: "Found", seen: "Measured", unseen: "Measured", keep: frozenset[int]
+) -> dict[str, Any]:
+    from skv_dist.evaluation.questions import cache_bytes_per_token
+    from skv_dist.routing import RoutePlan
+
+    layers, size = run.model.num_layers, len(found.layers)
+    full, even = tuple(range(layers)), unseen.table_of(layer * layers // size for layer in range(size))
+    change, beside = unseen.difference(found.table, full), unseen.difference(found.table, even)
+    draw = random.Random(size)
+    others = sorted(set(range(layers)) - {0})
+    sets = [(0, *draw.sample(others, size - 1)) for _ in range(_RANDOM_SETS)]
+    return {
+        "budget": found.budget,
+        "layers": list(found.layers),
+        "kv_source_layers": list(found.table),
+        "bytes_per_token": cache_bytes_per_token(run, RoutePlan(found.table)),
+        "trailing_sharers": layers - 1 - max(found.layers),
+        "loss": unseen.loss(found.table),
+        "rise": change.mean,
+        "rise_error": change.error,
+        "searched_rise": seen.difference(found.table, full).mean,
+        "evenly_spread": {"loss": unseen.loss(even), "found_less_this": beside.mean, "error": beside.error},
+        "first_layers": {"loss": unseen.loss_of(range(size))},
+        "random_sets": {"loss": sum(unseen.loss_of(each) for each in sets) / len(sets), "sets": _RANDOM_SETS},
+    }
+
+
+def _table(content: dict[str, Any]) -> str:
+    lines = [
+        f"full cache: {content['full']['loss']:.4f} nats/token on {content['sequences']} sequences that the search has "
+        f"not seen; {content['maps_measured']} maps measured",
+        f"{'budget':>6} {'layers':>6} {'bytes/token':>11} {'rise':>8} {'error':>7} {'evenly':>8} {'first':>8} "
+        f"{'random':>8}  layers that keep their cache",
+    ]
+    full = content["full"]["loss"]
+    for entry in content["budgets"]:
+        others = (entry[name]["loss"] - full for name in ("evenly_spread", "first_layers", "random_sets"))
+        lines.append(
+            f"{entry['budget']:>6.3g} {len(entry['layers']):>6} {entry['bytes_per_token']:>11,} {entry['rise']:>8.4f} "
+            f"{entry['rise_error']:>7.4f} {' '.join(f'{other:>8.4f}' for other in others)}  "
+            f"{','.join(map(str, entry['layers']))}"
+        )
+    lines.append(f"order, the most needed first: {','.join(map(str, content['order']))}")
+    return "\n".join(lines)

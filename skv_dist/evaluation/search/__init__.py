@@ -1,0 +1,1 @@
+"""Which layers keep their cache: the search behind ``skv-eval search``."""

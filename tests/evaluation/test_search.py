@@ -1,0 +1,134 @@
+"""The search for layers: against all sets where there are few, and its rules."""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from skv_dist.errors import UserError
+from skv_dist.evaluation.search.constraints import Constraints
+from skv_dist.evaluation.search.eliminate import backward_order
+from skv_dist.evaluation.search.groups import cheapest_cuts, group_costs
+from skv_dist.evaluation.search.measured import Measured, Table
+from skv_dist.evaluation.search.refine import swapped, with_free_sources
+from skv_dist.evaluation.search.search import search, sizes
+
+LAYERS = 8
+
+
+def measured(seed: int = 0, noise: float = 0.0, interaction: float = 1.0) -> Measured:
+    """A made model: each layer has its price for using another's K/V, which grows with the distance, and neighbours
+    that both share cost more than their sum. ``noise`` differs by sequence and map.
+    """
+    draw = np.random.default_rng(seed)
+    price = draw.gamma(1.0, 0.1, LAYERS)
+    pairs = interaction * draw.gamma(1.0, 0.02, LAYERS)
+    hard = draw.normal(2, 0.5, 16)
+
+    def measure(table: Table) -> np.ndarray:
+        loss = 0.0
+        for layer, source in enumerate(table):
+            if source != layer:
+                loss += price[layer] * (layer - source) ** 0.5
+                loss += pairs[layer] if table[layer - 1] != layer - 1 else 0.0
+        shaken = np.random.default_rng([seed, *table]).normal(0, noise, 16) if noise else 0.0
+        return 100 * (hard + loss + shaken)
+
+    return Measured(LAYERS, measure, np.full(16, 100.0))
+
+
+def best_of_all(model: Measured, size: int, allowed: Callable[[tuple[int, ...]], bool] = lambda _: True) -> float:
+    sets = (s for s in itertools.combinations(range(LAYERS), size) if s[0] == 0 and allowed(s))
+    return min(model.loss_of(each) for each in sets)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("budget", [0.25, 0.5, 0.75])
+def test_finds_the_best_of_all_sets(seed: int, budget: float) -> None:
+    model = measured(seed)
+    (found,) = search(model, [budget], Constraints.of(LAYERS)).found
+    assert model.loss_of(found.layers) == pytest.approx(best_of_all(measured(seed), round(budget * LAYERS)), abs=1e-9)
+
+
+def test_cuts_are_the_best_where_costs_add_up() -> None:
+    model = measured(3, interaction=0.0)
+    cuts = cheapest_cuts(group_costs(model, Constraints.of(LAYERS), worst=100.0), LAYERS)
+    assert sorted(cuts) == list(range(1, LAYERS + 1))
+    for size, layers in cuts.items():
+        assert len(layers) == size
+        assert model.loss_of(layers) == pytest.approx(best_of_all(measured(3, interaction=0.0), size), abs=1e-9)
+
+
+def test_the_order_is_that_of_plain_backward_elimination_with_fewer_measurements() -> None:
+    for seed in range(10):
+        model, plain = measured(seed), measured(seed)
+        order, fewest = backward_order(model, Constraints.of(LAYERS))
+        kept, removed = set(range(LAYERS)), []
+        while len(kept) > 1:
+            removed.append(min(kept - {0}, key=lambda layer: plain.loss_of(kept - {layer})))
+            kept.remove(removed[-1])
+        assert order == (0, *reversed(removed))
+        assert fewest == 1
+        assert model.num_measured < plain.num_measured
+
+
+def test_a_swap_within_the_noise_is_not_taken() -> None:
+    quiet, shaken = measured(1), measured(1, noise=50.0)
+    worst = (0, *sorted(range(1, LAYERS), key=lambda layer: quiet.loss_of({0, layer}))[-3:])
+    assert quiet.loss_of(swapped(quiet, Constraints.of(LAYERS), worst)) < quiet.loss_of(worst)
+    kept = swapped(shaken, Constraints.of(LAYERS), worst)
+    table, other = shaken.table_of(kept), shaken.table_of(worst)
+    gained = shaken.difference(table, other)
+    assert kept == tuple(sorted(worst)) or -gained.mean > gained.error
+
+
+def test_a_difference_has_the_error_of_its_pairs() -> None:
+    sums = {(0, 1): np.array([1.0, 2.0, 3.0, 6.0]), (0, 0): np.array([2.0, 2.0, 5.0, 7.0])}
+    pair = Measured(2, sums.__getitem__, np.ones(4))
+    gaps = sums[0, 0] - sums[0, 1]
+    mean, error = pair.difference((0, 0), (0, 1))
+    assert mean == pytest.approx(gaps.mean())
+    assert error == pytest.approx(gaps.std(ddof=1) / 2)
+
+
+def test_sharers_take_the_owner_that_suits_them() -> None:
+    def measure(table: Table) -> np.ndarray:
+        return np.full(4, 10.0 * (table[3] != 0) + (table[5] != 4))
+
+    model = Measured(6, measure, np.ones(4))
+    assert with_free_sources(model, (0, 0, 2, 2, 4, 4)) == (0, 0, 2, 0, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "constraints",
+    [Constraints.of(LAYERS, keep=[5, 6]), Constraints.of(LAYERS, apart=3), Constraints.of(LAYERS, stages=2)],
+    ids=["keep", "apart", "stages"],
+)
+def test_what_must_hold_holds(constraints: Constraints) -> None:
+    for seed in range(5):
+        model = measured(seed)
+        result = search(model, [0.5, 0.75], constraints)
+        for found in result.found:
+            assert constraints.allow(found.layers)
+            best = best_of_all(measured(seed), len(found.layers), constraints.allow)
+            assert model.loss_of(found.layers) == pytest.approx(best, abs=1e-9)
+        for size in range(result.fewest, LAYERS + 1):
+            assert constraints.allow(result.order[:size])
+
+
+@pytest.mark.parametrize(
+    ("budgets", "given", "message"),
+    [
+        ([1.5], {}, r"must lie in \(0, 1\]"),
+        ([0.05], {}, "0.05 keeps less than one of 8 layers: ask for 0.125 or more"),
+        ([0.25], {"keep": [3, 5]}, "keeps 2 of 8 layers, but --keep, --apart and --stages need 3"),
+        ([0.25], {"apart": 2}, "need 4"),
+        ([0.5], {"keep": [8]}, "--keep names layer 8"),
+        ([0.5], {"stages": 3}, "--stages 3 does not divide the 8 layers"),
+        ([0.5], {"apart": 0}, "--apart must be at least 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(budgets: list[float], given: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sizes(budgets, Constraints.of(LAYERS, **given))  # type: ignore[arg-type]
