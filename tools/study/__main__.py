@@ -13,12 +13,14 @@ command goes on where it was stopped. The file names:
     seeds: [1, 2, 3]
     runs_per_gpu: 2
     variants: {name: {set: [section.key=value, ...], runs_per_gpu: 3, more_seeds: [4, 5], cached_layers: [[0, 1]]}}
+    questions: [file.jsonl, --retention, 1, 0.5]            answered by every run
     compare: [[variant, variant], ...]                      differences to show, second minus first
     compare_shares: [[variant@0.50, variant@1.00], ...]     the same between two shares of the cache
     plots: folder                                           of figures, beside the page; none without it
 
 ``cached_layers`` are sets of layers that keep a cache, under which the runs of a variant are measured behind their last
-step, beside the uniform groups of ``eval.retention``.
+step, beside the maps of ``eval.retention``. ``questions``, of the study and of a variant, are arguments of ``skv-eval
+questions`` behind the checkpoint: its scores are measured likewise.
 
 All variants run with ``seeds``, in the order given; then those with ``more_seeds`` run with these too.
 """
@@ -39,7 +41,7 @@ from skv_dist.commands.entry_point import entry_point
 from skv_dist.errors import UserError
 
 from .page import page
-from .runs import Run, load
+from .runs import Measurement, Run, load
 
 TRAIN = "skv_dist.commands.train"  # the module behind skv-train
 EVALUATE = "skv_dist.commands.evaluate"  # the module behind skv-eval
@@ -48,13 +50,14 @@ EVALUATE = "skv_dist.commands.evaluate"  # the module behind skv-eval
 def start(run: Run, device: str) -> subprocess.Popen[bytes]:
     """The training of a run."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "maps.txt").unlink(missing_ok=True)  # of an evaluation that failed: it is made again
+    for measurement in run.measurements:
+        measurement.output.unlink(missing_ok=True)  # of one that failed: it is made again
     return _module(TRAIN, run.arguments, run.folder / "output.txt", device)
 
 
-def evaluate(run: Run, device: str) -> subprocess.Popen[bytes]:
-    """The evaluation of a run that has ended, at its ``cached_layers``."""
-    return _module(EVALUATE, run.evaluation, run.folder / "maps.txt", device)
+def evaluate(measurement: Measurement, device: str) -> subprocess.Popen[bytes]:
+    """A measurement of a run that has ended."""
+    return _module(EVALUATE, measurement.arguments, measurement.output, device)
 
 
 def _module(module: str, arguments: Sequence[str], out: Path, device: str) -> subprocess.Popen[bytes]:
@@ -82,12 +85,13 @@ def execute(runs: Sequence[Run], devices: Sequence[str], say: Callable[[str], No
                 running.remove(entry)
                 seconds = time.time() - began
                 trained = process.returncode == 0 and run.complete
-                if trained and run.cached_layers and not run.maps.exists() and not (run.folder / "maps.txt").exists():
-                    running.append((run, device, evaluate(run, device), began))
+                missing = [measurement for measurement in run.measurements if not measurement.file.exists()]
+                if trained and missing and not missing[0].output.exists():
+                    running.append((run, device, evaluate(missing[0], device), began))
                     continue
-                if not trained or (run.cached_layers and not run.maps.exists()):
+                if not trained or missing:
                     failed += 1
-                    output = run.folder / ("maps.txt" if trained else "output.txt")
+                    output = missing[0].output if trained else run.folder / "output.txt"
                     last = output.read_text(errors="replace").strip().splitlines()[-1:]
                     say(f"{run.variant}, seed {run.seed}: failed: {' '.join(last)}")
                     continue

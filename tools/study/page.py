@@ -21,6 +21,8 @@ LAYERS = "loss@layers "
 _T = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 _LOSSES = """Validation loss in nats per token after the last step, mean ± standard deviation over seeds. All runs are
 measured on the same text."""
+_SCORES = """Answers to held-out questions, decoded with the cache of the owners alone; percent, mean ± standard
+deviation over seeds, and differences paired by seed."""
 _DIFFERENCES = """A seed fixes the initial weights and the order of the training text. In brackets: the standard error
 of the mean difference, and its 95 % interval by Student's t, which is wide with few seeds. Bold: beyond two standard
 errors."""
@@ -34,6 +36,10 @@ class Result:
         self.metrics: list[dict[str, Any]] = list(lines)
         self.output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
         self.config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        answers = folder / "questions.json"
+        self.scores: dict[str, dict[str, float]] = (
+            json.loads(answers.read_text(encoding="utf-8")) if answers.exists() else {}
+        )  # map to F1 and exact match, in percent
         self.losses: dict[int, dict[str, float]] = {}  # step to retention to loss
         maps = folder / "maps.json"
         at_maps = json.loads(maps.read_text(encoding="utf-8")) if maps.exists() else {}
@@ -52,9 +58,25 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
 
 
-def spread(values: Sequence[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}" if values else ""
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}" if values else ""
+
+
+def _score_differences(
+    results: dict[tuple[str, int], Result],
+    one: str,
+    other: str,
+    seeds: Sequence[int],
+    maps: Sequence[str],
+    measure: str,
+) -> list[str]:
+    pairs = [(results[one, seed].scores, results[other, seed].scores) for seed in seeds]
+    both = [(before, after) for before, after in pairs if before and after]
+    return [
+        difference([after[m][measure] - before[m][measure] for before, after in both if m in before and m in after])
+        for m in maps
+    ]
 
 
 def difference(values: Sequence[float]) -> str:
@@ -128,6 +150,28 @@ def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> 
     if rows:
         text += "\n## Differences between shares of the cache, paired by seed\n\n"
         text += table(["", "seeds", "first", "second", "difference"], rows)
+
+    maps = list(dict.fromkeys(map_name for one in results.values() for map_name in one.scores))
+    for measure, words in (("token_f1", "Token F1"), ("exact_match", "Exact match")) if maps else ():
+        rows = [
+            [
+                name,
+                str(len(seeds[name])),
+                *(
+                    spread([one[m][measure] for seed in seeds[name] if m in (one := results[name, seed].scores)], 1)
+                    for m in maps
+                ),
+            ]
+            for name in names
+        ]
+        text += f"\n## {words} by share of the cache\n\n{_SCORES}\n\n{table(['', 'seeds', *maps], rows)}"
+        rows = [
+            [f"{other} minus {one}", str(len(both)), *cells]
+            for one, other in study.get("compare", [])
+            if (both := [seed for seed in seeds.get(one, []) if seed in seeds.get(other, [])])
+            and (cells := _score_differences(results, one, other, both, maps, measure))
+        ]
+        text += f"\n{table(['', 'seeds', *maps], rows)}" if rows else ""
 
     rows = []
     for name in names:

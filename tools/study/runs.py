@@ -4,11 +4,23 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from skv_dist.errors import UserError
+
+
+class Measurement(NamedTuple):
+    """What is measured of a finished run: the arguments of ``skv-eval``, and the file that it writes."""
+
+    arguments: list[str]
+    file: Path
+
+    @property
+    def output(self) -> Path:
+        """What the command says."""
+        return self.file.with_suffix(".txt")
 
 
 @dataclass
@@ -21,6 +33,7 @@ class Run:
     arguments: list[str]
     share: float  # of a GPU
     cached_layers: list[list[int]] = field(default_factory=list)  # sets of owners to measure behind the last step
+    questions: list[str] = field(default_factory=list)  # arguments of ``skv-eval questions``, likewise
 
     @property
     def maps(self) -> Path:
@@ -28,11 +41,21 @@ class Run:
         return self.folder / "maps.json"
 
     @property
-    def evaluation(self) -> list[str]:
-        """The arguments of ``skv-eval`` for `cached_layers`."""
-        steps = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))["train"]["steps"]
-        line = [str(self.folder / "checkpoints" / f"step_{steps:08d}"), "--json", str(self.maps)]
-        return line + [text for layers in self.cached_layers for text in ("--cached-layers", *map(str, layers))]
+    def answers(self) -> Path:
+        """The scores of `questions`."""
+        return self.folder / "questions.json"
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        """What is to be measured behind the last step."""
+        asked = []
+        if self.cached_layers:
+            sets = [text for layers in self.cached_layers for text in ("--cached-layers", *map(str, layers))]
+            asked.append(Measurement([str(self.folder), "--json", str(self.maps), *sets], self.maps))
+        if self.questions:
+            line = ["questions", str(self.folder), *self.questions, "--json", str(self.answers)]
+            asked.append(Measurement(line, self.answers))
+        return asked
 
     @property
     def complete(self) -> bool:
@@ -64,9 +87,10 @@ def load(file: Path) -> tuple[dict[str, Any], list[Run]]:
                     base = Path(os.path.relpath(file.parent / study["base"]))
                     arguments = [str(base), *variant["set"], f"train.seed={seed}", f"train.output_dir={folder}"]
                     sets = variant.get("cached_layers", [])
-                    arguments += ["checkpoint.at_end=true"] if sets else []
+                    questions = [*study.get("questions", []), *variant.get("questions", [])]
+                    arguments += ["checkpoint.at_end=true"] if sets or questions else []
                     share = 1 / variant.get("runs_per_gpu", study["runs_per_gpu"])
-                    runs.append(Run(name, seed, folder, arguments, share, sets))
+                    runs.append(Run(name, seed, folder, arguments, share, sets, questions))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except (yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
