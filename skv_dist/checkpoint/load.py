@@ -1,6 +1,6 @@
 """Reading checkpoints: into an engine of any layout, or tensor by tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,10 +35,20 @@ def verify_everywhere(folder: Path, group: dist.ProcessGroup | None = None) -> N
         raise files.DamagedError(agreed)
 
 
-def load_checkpoint(engine: Engine, run: RunConfig, folder: Path, *, weights_only: bool) -> None:
+def load_checkpoint(
+    engine: Engine,
+    run: RunConfig,
+    folder: Path,
+    *,
+    weights_only: bool,
+    left_out: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Set the engine's weights, and its optimizer state too unless ``weights_only``. Collective.
 
     The layout that wrote the folder does not matter.
+
+    Args:
+        left_out: tells by its global name whether a parameter is not read.
 
     Raises:
         UserError: a parameter is missing or has another shape, or a file is damaged.
@@ -46,7 +56,7 @@ def load_checkpoint(engine: Engine, run: RunConfig, folder: Path, *, weights_onl
     quantities: Sequence[Quantity] = (Quantity.WEIGHT,) if weights_only else tuple(Quantity)
     if not weights_only:
         engine.prepare_moments()
-    parts = empty_parts(engine, run, quantities)
+    parts = empty_parts(engine, run, quantities, left_out)
     error = None
     try:
         read_into(folder, shards_to_read(engine, run, parts))
@@ -55,7 +65,7 @@ def load_checkpoint(engine: Engine, run: RunConfig, folder: Path, *, weights_onl
     agreed = first_error(error)
     if agreed is not None:
         raise UserError(agreed)
-    restore(engine, parts, quantities)
+    restore(engine, parts, quantities, left_out)
     if not weights_only:
         engine.num_updates = int(files.read_state(folder)["updates"])
 

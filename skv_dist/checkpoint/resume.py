@@ -30,7 +30,7 @@ _FREE_FOR_WEIGHTS = {
     "model.hidden_dropout",
     "model.init_std",
 }
-_BOUND_SECTIONS = ("model", "routing", "data", "optimizer", "distillation")
+_BOUND_SECTIONS = ("model", "routing", "data", "optimizer", "lora", "distillation")
 _BOUND_TRAIN = ("steps", "freeze", "seed", "global_batch_size", "micro_batch_size", "precision")
 
 
@@ -130,6 +130,12 @@ def _checked(key: str, named: str, run: RunConfig, fingerprints: Collection[str]
     _refuse_other_kinds(key, folder)
     verify_everywhere(folder)
     check_same_model(key, run, folder, fingerprints)
+    adapters = files.read_config(folder).lora
+    if key == "checkpoint.init_from" and adapters.rank and adapters != run.lora:
+        raise UserError(
+            f"{key} {folder} has adapters (lora.rank {adapters.rank}) that this run has not: take its lora section, or "
+            "begin with the sums: skv-convert to-hf, and from-hf of what that writes"
+        )
     return folder
 
 

@@ -7,7 +7,7 @@ among them that writes it, and each has one that reads it. So a rank holds a cop
 more, never of the model, and nothing is sent for a save.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -147,14 +147,20 @@ def blocks_of_piece(piece: Piece, part: Sequence[int], blocks: Sequence[Block]) 
     return found
 
 
-def empty_parts(engine: Engine, run: RunConfig, quantities: Sequence[Quantity]) -> dict[str, torch.Tensor]:
-    """Zeros of the shape of this rank's part, for each value that this rank reads."""
+def empty_parts(
+    engine: Engine, run: RunConfig, quantities: Sequence[Quantity], left_out: Callable[[str], bool]
+) -> dict[str, torch.Tensor]:
+    """Zeros of the shape of this rank's part, for each value that this rank reads.
+
+    Args:
+        left_out: tells by its global name whether a parameter is not read.
+    """
     data_rank = parallel_state.get_data_parallel_rank()
     return {
         stored_name(quantity, stored.name): torch.zeros(partitioned_shape(stored.parameter))
         for stored in stored_parameters(engine)
         for quantity in quantities_of(stored.parameter, quantities)
-        if stored.keeper == data_rank
+        if stored.keeper == data_rank and not left_out(stored.name)
     }
 
 
@@ -170,12 +176,19 @@ def shards_to_read(engine: Engine, run: RunConfig, parts: Mapping[str, torch.Ten
 
 
 @torch.no_grad()
-def restore(engine: Engine, parts: Mapping[str, torch.Tensor], quantities: Sequence[Quantity]) -> None:
+def restore(
+    engine: Engine,
+    parts: Mapping[str, torch.Tensor],
+    quantities: Sequence[Quantity],
+    left_out: Callable[[str], bool],
+) -> None:
     """Hand each value from its reader to its data-parallel group and set it. Collective over all ranks."""
     group = parallel_state.get_data_parallel_group()
     data_rank = parallel_state.get_data_parallel_rank()
     device = engine.model.device
     for stored in stored_parameters(engine):
+        if left_out(stored.name):
+            continue
         for quantity in quantities_of(stored.parameter, quantities):
             if stored.keeper == data_rank:
                 value = parts[stored_name(quantity, stored.name)].to(device)

@@ -205,12 +205,14 @@ def _train_in_folder(
 
 
 def _teacher(run: RunConfig, folder: Path, world: "World") -> "Teacher":
+    from skv_dist.checkpoint.folder import read_config
     from skv_dist.checkpoint.load import load_checkpoint
     from skv_dist.parallel.engines.frozen import FrozenEngine
     from skv_dist.parallel.teacher import Teacher
 
-    engine = FrozenEngine(run, world.device)
-    load_checkpoint(engine, run, folder, weights_only=True)
+    own = run.model_copy(update={"lora": read_config(folder).lora})
+    engine = FrozenEngine(own, world.device)
+    load_checkpoint(engine, own, folder, weights_only=True)
     return Teacher(engine, run.distillation.weight)
 
 
@@ -235,15 +237,21 @@ def _report_end(trainer: "Trainer", saver: "Saver", callbacks: list["Callback"],
 
 def _restore(trainer: "Trainer", start: Path | None, begin_with: Path | None) -> None:
     """Go on from the checkpoint ``start``, or else begin with the weights of ``begin_with``, if any."""
-    from skv_dist.checkpoint.folder import read_state
+    from skv_dist.checkpoint.folder import read_config, read_state
     from skv_dist.checkpoint.load import load_checkpoint
+    from skv_dist.model.adapter import is_adapter
+    from skv_dist.parallel.initial_values import local_initial_values
 
     run, engine = trainer.run, trainer.engine
     if start is not None:
         load_checkpoint(engine, run, start, weights_only=False)
         trainer.restore(read_state(start))
     elif begin_with is not None:
-        load_checkpoint(engine, run, begin_with, weights_only=True)
+        if run.lora.rank and not read_config(begin_with).lora.rank:  # new adapters on what was trained without
+            engine.assign(local_initial_values(run, engine.model, is_adapter))
+            load_checkpoint(engine, run, begin_with, weights_only=True, left_out=is_adapter)
+        else:
+            load_checkpoint(engine, run, begin_with, weights_only=True)
 
 
 def _callbacks(

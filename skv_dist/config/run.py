@@ -7,6 +7,7 @@ from pydantic import model_validator
 from skv_dist.config.checkpoint import CheckpointConfig
 from skv_dist.config.data import DataConfig
 from skv_dist.config.distillation import DistillationConfig
+from skv_dist.config.lora import LoraConfig
 from skv_dist.config.model import ModelConfig
 from skv_dist.config.parallel import ParallelConfig
 from skv_dist.config.policy import build_policy, deployment_map
@@ -24,6 +25,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     optimizer: OptimizerConfig
+    lora: LoraConfig = LoraConfig()
     distillation: DistillationConfig = DistillationConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -73,6 +75,16 @@ class RunConfig(Section):
             raise UserError(
                 f"eval.every is {self.eval.every}, but data.validation_fraction is 0 and there are no "
                 "data.validation_sources: set eval.every=0 or hold out some text"
+            )
+        if self.lora.rank and parallel.zero_stage == 3:
+            raise UserError(
+                f"lora.rank {self.lora.rank} and parallel.zero_stage 3 do not work together: set parallel.zero_stage=2 "
+                "(adapters are small), and raise parallel.tensor or parallel.pipeline where the weights do not fit"
+            )
+        if self.lora.rank and model.num_kv_heads < parallel.tensor:
+            raise UserError(
+                f"lora.rank {self.lora.rank} and parallel.tensor {parallel.tensor} do not work together where "
+                f"model.num_kv_heads is {model.num_kv_heads}: lower parallel.tensor to it"
             )
         if self.distillation.weight and self.teacher is None:
             raise UserError(

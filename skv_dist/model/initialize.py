@@ -17,7 +17,11 @@ _GENERATOR_BLOCK = 16  # torch draws normal numbers by so many
 
 
 def initial_constant(name: str) -> float | None:
-    """The value of all elements of a parameter that is not drawn: norms begin with ones, their biases with zeros."""
+    """The value of all elements of a parameter that is not drawn: norms begin with ones, their biases with zeros, and
+    so does the second matrix of an adapter, which thereby adds nothing.
+    """
+    if ".lora_B." in name:
+        return 0.0
     if "norm" not in name:
         return None
     return 0.0 if name.endswith("bias") else 1.0
@@ -27,7 +31,8 @@ def initial_rows(name: str, shape: Sequence[int], model: ModelConfig, seed: int)
     """A parameter that is drawn, float32, in blocks of some rows (`row_blocks`), so that it need not be held in full.
 
     Normal; the projections that write into the residual stream are scaled down by sqrt(2 x layers) (GPT-2, Radford et
-    al. 2019; as Megatron-core does).
+    al. 2019; as Megatron-core does). The first matrix of an adapter is uniform as in peft, which takes torch's own rule
+    for linear modules.
     """
     std = model.init_std
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
@@ -35,6 +40,9 @@ def initial_rows(name: str, shape: Sequence[int], model: ModelConfig, seed: int)
     digest = hashlib.sha256(f"skv-dist/init/{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     for rows in row_blocks(shape):
+        if ".lora_A." in name:
+            yield (2 * torch.rand((len(rows), *shape[1:]), generator=generator) - 1) / math.sqrt(shape[1])
+            continue
         yield torch.randn((len(rows), *shape[1:]), generator=generator) * std
 
 

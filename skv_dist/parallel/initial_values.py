@@ -4,7 +4,7 @@ Values are those of the full parameters (`skv_dist.model.initialize`), whatever 
 share of the parameters and hands it round block by block, so that nobody holds more than its own share in full.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,13 +16,18 @@ from skv_dist.parallel.local_model import LocalModel, partitioned_shape
 from skv_dist.parallel.tensor_split import Block, split_of
 
 
-def local_initial_values(run: RunConfig, model: LocalModel) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+def local_initial_values(
+    run: RunConfig, model: LocalModel, chosen: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
     """Each parameter with its initial value on this rank, one at a time, float32 on the model's device.
 
     Collective over the tensor- and data-parallel ranks of the stage, which must all walk to the end.
+
+    Args:
+        chosen: tells by its global name whether a parameter is wanted.
     """
     group = parallel_state.get_tensor_and_data_parallel_group()
-    shapes = {name: split_of(name, run).full_shape(partitioned_shape(p)) for name, p in model.named()}
+    shapes = {name: split_of(name, run).full_shape(partitioned_shape(p)) for name, p in model.named() if chosen(name)}
     drawers = _shared_out({n: s for n, s in shapes.items() if initial_constant(n) is None}, group.size())
 
     def rows(name: str) -> Iterator[torch.Tensor]:
@@ -31,6 +36,8 @@ def local_initial_values(run: RunConfig, model: LocalModel) -> Iterator[tuple[to
     # All ranks draw at the same time, before the first waits for another.
     mine = {name: list(rows(name)) for name, rank in drawers.items() if group.size() > 1 and rank == group.rank()}
     for name, parameter in model.named():
+        if name not in shapes:
+            continue
         part = torch.zeros(partitioned_shape(parameter), device=model.device)
         constant = initial_constant(name)
         if constant is not None:

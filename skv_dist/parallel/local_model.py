@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
+from skv_dist.model.adapter import add_adapters, is_adapter, plain_name
 from skv_dist.model.chunk import RoutedChunk
 from skv_dist.model.kv_cache import KvCache
 from skv_dist.parallel.freezing import freeze
@@ -95,7 +96,7 @@ class LocalModel(torch.nn.Module):
 
 def global_name(name: str) -> str:
     """Name of a parameter without the parts that depend on the layout."""
-    parts = name.split(".")
+    parts = plain_name(name).split(".")
     return ".".join(parts[2:] if parts[0] == "chunks" else parts)
 
 
@@ -114,12 +115,15 @@ def build_local_model(run: RunConfig, device: torch.device, context: Any = None)
     stage, num_stages = parallel_state.get_pipeline_model_parallel_rank(), run.parallel.pipeline
     with context or contextlib.nullcontext():
         chunks = [RoutedChunk(run, numbers) for numbers in run.stages[stage::num_stages]]
+        if run.lora.rank:
+            for chunk in chunks:
+                add_adapters(chunk.routed_layers(), run)
         model = LocalModel(chunks, Packing.of(run))
     if context is None:
         model.to(device)
     freeze(dict(model.named()), run)
     mark_split_parameters(model, run)
-    add_gradient_sums(model)
+    add_gradient_sums(model, run)
     if run.train.compile:
         for chunk in chunks:
             chunk.compile_layers()
@@ -137,11 +141,12 @@ def mark_split_parameters(model: LocalModel, run: RunConfig) -> None:
         parameter.tensor_model_parallel = is_split  # type: ignore[attr-defined]
 
 
-def add_gradient_sums(model: LocalModel) -> None:
+def add_gradient_sums(model: LocalModel, run: RunConfig) -> None:
     """Sum over tensor-parallel ranks the gradients of replicated parameters that each rank sees only a part of.
 
-    These are the parameters that sequence parallelism shows a part of the positions, and q/k-norms, which see this
-    rank's heads only. DeepSpeed does neither; one hook per parameter suits every ZeRO stage (docs/pitfalls.md).
+    These are the parameters that sequence parallelism shows a part of the positions, q/k-norms, which see this rank's
+    heads only, and those matrices of adapters whose partner is split. DeepSpeed does none of it; one hook per parameter
+    suits every ZeRO stage (docs/pitfalls.md).
     """
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
@@ -156,5 +161,6 @@ def add_gradient_sums(model: LocalModel) -> None:
 
     for name, parameter in model.trainable():
         sees_some_heads = "q_layernorm" in name or "k_layernorm" in name
-        if sees_some_heads or getattr(parameter, "sequence_parallel", False):
+        sees_some_rows = is_adapter(name) and isinstance(split_of(name, run), Replicated)
+        if sees_some_heads or sees_some_rows or getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(sum_over_ranks)

@@ -168,6 +168,9 @@ _BY_SUFFIX: dict[str, type[Split]] = {
     "linear_proj.weight": Columns,
     "linear_fc1.weight": Rows,
     "linear_fc2.weight": Columns,
+    # Adapters (`skv_dist.model.adapter`): each is split as the rows, or the columns, of its weight are.
+    **{f"lora_B.{part}": Rows for part in ("q", "k", "v", "gate", "up")},
+    **{f"lora_A.{part}": Columns for part in ("o", "down")},
     "embedding.weight": Vocabulary,
     "output_layer.weight": Vocabulary,
 }

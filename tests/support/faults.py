@@ -241,6 +241,34 @@ def teacher_of_the_batch_before() -> Any:
     return mock.patch.object(Teacher, "add_to", wrong)
 
 
+def adapters_drawn() -> Any:
+    """No fault: the second matrix of an adapter begins with other than zeros, so that the first gets a gradient."""
+    from skv_dist.parallel import initial_values
+
+    def some(name: str) -> float | None:
+        return None if ".lora_B." in name else right(name)
+
+    right = initial_values.initial_constant
+    return mock.patch.object(initial_values, "initial_constant", some)
+
+
+@contextlib.contextmanager
+def adapters_not_summed() -> Iterator[None]:
+    """The matrix whose partner is split gets this rank's part of its gradient only."""
+    from skv_dist.parallel import local_model
+
+    with adapters_drawn(), mock.patch.object(local_model, "is_adapter", return_value=False):
+        yield
+
+
+@contextlib.contextmanager
+def adapters_unscaled() -> Iterator[None]:
+    from skv_dist.config.lora import LoraConfig
+
+    with adapters_drawn(), mock.patch.object(LoraConfig, "scale", property(lambda self: 1.0)):
+        yield
+
+
 def routes_within_two_stages() -> Any:
     """No fault: gives one process the tables that a pipeline of two draws with routing.within_stage."""
     from skv_dist.config.policy import build_policy

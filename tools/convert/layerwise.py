@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from skv_dist.checkpoint.frozen_model import config_of
-from skv_dist.checkpoint.load import read_tensors
+from skv_dist.checkpoint.merged import read_weight
 from skv_dist.config.run import RunConfig
 from skv_dist.model.chunk import LiveKV, RoutedChunk
 from skv_dist.model.rotary import inverse_frequencies, rotary_table
@@ -63,7 +63,7 @@ def _run(
         for dtype in dict.fromkeys(dtype for _, dtype in hidden):
             chunk.to(device=tokens.device, dtype=dtype)
             if chunk.has_head and not chunk.has_embedding and run.model.tie_embeddings:
-                chunk.tied_weight = _read(checkpoint, "embedding.weight", stored).to(tokens.device, dtype)
+                chunk.tied_weight = _read(checkpoint, run, "embedding.weight", stored).to(tokens.device, dtype)
             for case in hidden:
                 if case[1] is dtype:
                     hidden[case], live[case] = chunk(RoutePlan(case[0]), tokens, hidden=hidden[case], live=live[case])
@@ -80,10 +80,10 @@ def _chunk(checkpoint: Path, run: RunConfig, layer: int, stored: torch.dtype) ->
     chunk = RoutedChunk(run, range(layer, layer + 1))
     chunk.eval()
     for name, parameter in chunk.named_parameters():
-        full = _read(checkpoint, name, stored)
+        full = _read(checkpoint, run, name, stored)
         parameter.copy_(split_of(name, run).take(full, 0, tuple(parameter.shape)))
     return chunk
 
 
-def _read(checkpoint: Path, name: str, stored: torch.dtype) -> torch.Tensor:
-    return read_tensors(checkpoint, [f"model.{name}"])[f"model.{name}"].to(stored)
+def _read(checkpoint: Path, run: RunConfig, name: str, stored: torch.dtype) -> torch.Tensor:
+    return read_weight(checkpoint, run, name).to(stored)

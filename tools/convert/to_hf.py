@@ -12,7 +12,8 @@ import torch
 
 from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.frozen_model import config_of
-from skv_dist.checkpoint.load import read_tensors, tensor_shapes
+from skv_dist.checkpoint.load import tensor_shapes
+from skv_dist.checkpoint.merged import read_weight
 from skv_dist.checkpoint.travelling import generation_settings, origin_of, tokenizer_of
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
@@ -107,7 +108,7 @@ def write_folder(checkpoint: Path, out: Path, export: Export, name: str | None =
     def read(entry: Entry) -> Sequence[torch.Tensor]:
         if entry.ours is None:
             return [torch.full(shape, entry.value) for shape in entry.theirs.values()]
-        tensor = read_tensors(checkpoint, [f"model.{entry.ours}"])[f"model.{entry.ours}"]
+        tensor = read_weight(checkpoint, run, entry.ours)
         progress.add(tensor.nbytes)
         return split(entry, tensor, model)
 
