@@ -109,6 +109,18 @@ def _asked_map(arguments: argparse.Namespace, checkpoint: Path, run: RunConfig) 
     return tuple(range(num_layers)), ""
 
 
+def _to_peft(arguments: argparse.Namespace) -> int:
+    from skv_dist.checkpoint.kinds import checkpoint_at
+    from skv_dist.files import new_folder
+
+    from .to_peft import to_peft
+
+    with new_folder(arguments.out) as folder:
+        count = to_peft(checkpoint_at(arguments.checkpoint), folder, arguments.dtype)
+    print(f"{arguments.out}: adapters of {count:,} parameters, for peft's PeftModel.from_pretrained(base, folder)")
+    return 0
+
+
 def _verify(arguments: argparse.Namespace) -> int:
     from skv_dist.checkpoint.kinds import checkpoint_at
 
@@ -192,6 +204,12 @@ def _parser() -> ArgumentParser:
     export.add_argument("--shard-gb", type=float, default=2.0, help="largest file of weights (default: 2)")
     export.add_argument("--no-verify", action="store_true", help="do not compare with the checkpoint")
     _add_text(export)
+
+    adapters = actions.add_parser("to-peft", help="adapters of a checkpoint (lora) -> folder for peft")
+    adapters.set_defaults(action=_to_peft)
+    adapters.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100, or RUN")
+    adapters.add_argument("out", type=Path, help="folder to create")
+    adapters.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
 
     check = actions.add_parser("verify", help="compare an exported folder with its checkpoint, in an engine")
     check.set_defaults(action=_verify)
