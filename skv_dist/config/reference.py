@@ -48,7 +48,10 @@ def _setting(name: str, field: FieldInfo, indent: str) -> list[str]:
     if section is not None and field.is_required():
         return [f"{indent}{name}:  # {need_and_type}", *_list_entry(section, indent + "  ")]
     value = field.examples[0] if field.is_required() and field.examples else field.default
-    line = f"{indent}{name}: {in_yaml(value)}  # {need_and_type}"
+    setting = f"{indent}{name}: {in_yaml(value)}"
+    if len(f"{setting}  # {need_and_type}") > _WIDTH:
+        return [*_comment(need_and_type, indent), setting]
+    line = f"{setting}  # {need_and_type}"
     return [line, *_mapping_in_comment(name, section, indent)] if section and value is None else [line]
 
 
