@@ -1,6 +1,6 @@
 """``lora``: training low-rank additions to weights that stay."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -29,7 +29,7 @@ class LoraConfig(Section):
     def _some(cls, value: list[str]) -> list[str]:
         if not value or len(set(value)) < len(value):
             raise ValueError("target_modules needs at least one module, and each once")
-        return value
+        return [name for name in get_args(Target) if name in value]  # in whatever order they were given
 
     @property
     def scale(self) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from skv_tools.convert.names import entries, fuse, split
 
 from skv_dist.config.data import DataConfig, SourceConfig
 from skv_dist.config.run import RunConfig
@@ -21,8 +22,9 @@ TABLE = [0, 0, 2, 2, 2, 5, 5, 7]
 Samples = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
-def settings(micro_batch_size: int = 2, **parallel: Any) -> dict[str, Any]:
+def settings(micro_batch_size: int = 2, rank: int = 0, **parallel: Any) -> dict[str, Any]:
     return config(
+        lora={"rank": rank, "alpha": 5.0},
         model={"vocab_size": VOCAB_OF_BYTES},
         data={"sequence_length": LENGTH, "reset_attention": True},
         train={"micro_batch_size": micro_batch_size},
@@ -50,10 +52,26 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     return [(sample.tokens, sample.documents, sample.counts) for sample in chosen]  # type: ignore[misc]
 
 
-def alone(samples: Samples, parameters: dict[str, np.ndarray]) -> tuple[float, dict[str, np.ndarray]]:
+def with_adapters(weights: dict[str, torch.Tensor], run: RunConfig) -> dict[str, torch.Tensor]:
+    """Each weight with what its adapters add, put in place by the converter's own names."""
+    sums = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+    for entry in entries(run.model):
+        if entry.ours is None:
+            continue
+        parts = split(entry, weights[entry.ours], run.model)
+        for place, theirs in enumerate(entry.theirs):
+            module, part = entry.ours.removesuffix(".weight"), theirs.split(".")[-2].removesuffix("_proj")
+            if (a := weights.get(f"{module}.lora_A.{part}")) is not None:
+                parts[place] = parts[place] + run.lora.alpha / run.lora.rank * weights[f"{module}.lora_B.{part}"] @ a
+        sums[entry.ours] = fuse(entry, parts, run.model)
+    return sums
+
+
+def alone(samples: Samples, parameters: dict[str, np.ndarray], rank: int = 0) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradients with each example in a forward of its own, by a plain model in double precision."""
-    run = RunConfig.model_validate(settings())
-    weights = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in parameters.items()}
+    run = RunConfig.model_validate(settings(rank=rank))
+    leaves = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in parameters.items()}
+    weights = with_adapters(leaves, run)
     total, counted = torch.zeros([], dtype=torch.float64), 0
     for tokens, documents, counts in samples:
         for document in range(int(documents.max()) + 1):
@@ -69,7 +87,7 @@ def alone(samples: Samples, parameters: dict[str, np.ndarray]) -> tuple[float, d
     loss = total / counted
     loss.backward()
     # Nobody reads the K/V of a layer that borrows and does not lend: its key norm has no gradient.
-    gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in weights.items()}
+    gradients = {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in leaves.items()}
     return loss.item(), {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
@@ -90,6 +108,23 @@ def test_a_packed_example_learns_as_if_alone(
     loss, gradients = alone(samples, found["parameters"])
     assert abs(found["loss"] - loss) < 1e-5 * loss
     error, name = worst(found["gradients"], gradients)
+    assert error < 1e-5, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallel"),
+    [(2, {"tensor": 2, "sequence_parallel": True}), (2, {"pipeline": 2}), (2, {"zero_stage": 2})],
+    ids=str,
+)
+def test_adapters_learn_from_each_example_alone(
+    workers: Any, samples: Samples, processes: int, parallel: dict[str, Any]
+) -> None:
+    found = workers(processes)(gradients_of_examples, settings(rank=3, **parallel), samples, TABLE, "adapters_drawn")[0]
+    loss, gradients = alone(samples, found["parameters"], rank=3)
+    assert abs(found["loss"] - loss) < 1e-5 * loss
+    adapters = {name for name in gradients if ".lora_" in name}
+    assert len(adapters) == 2 * 7 * len(TABLE)
+    error, name = worst(*({n: of[n] for n in adapters} for of in (found["gradients"], gradients)))
     assert error < 1e-5, f"{name} is off by {error:.1e}"
 
 

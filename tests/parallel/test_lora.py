@@ -51,6 +51,7 @@ def test_gradients_are_those_of_the_sum(workers: Any, targets: list[str] | None)
                 parts[place] += scale * torch.from_numpy(weights[b] @ weights[a])
                 products[theirs] = (a, b, entry, place)
         sums[entry.ours] = fuse(entry, parts, model).numpy()
+    assert found["states"] == sum(".lora_" in name for name in weights)  # nothing is kept for what stays
     assert len(products) == model.num_layers * (7 if targets is None else 3) - (0 if model.gated or targets else 4)
     whole = workers(1)(adapters.gradients, settings(rank=0), sums)[0]
     assert found["loss"] == pytest.approx(whole["loss"], rel=1e-6)
@@ -105,3 +106,10 @@ def test_faults_are_noticed(workers: Any, alone: Any, fault: str) -> None:
 def test_what_does_not_go_together_is_refused(parallel: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         RunConfig.model_validate(settings(**parallel))
+
+
+def test_the_order_of_target_modules_says_nothing() -> None:
+    one, other = (
+        RunConfig.model_validate(settings(targets=names)) for names in (["v_proj", "q_proj"], ["q_proj", "v_proj"])
+    )
+    assert one.lora == other.lora

@@ -21,6 +21,7 @@ def gradients(settings: dict[str, Any], weights: dict[str, np.ndarray] | None = 
             engines.assign_full(engine, run, world, weights)
         before = engines.full_weights(engine, run)
         loss = run_step(engine, run, world, 0).loss.item()
+        engine.prepare_moments()
         engine.set_clip_grad_norm(0.0)
         _, found = engines.capture_gradients(engine, run)
         return {"loss": loss, "weights": before, "gradients": found, "states": len(engine.optimizer.state)}
