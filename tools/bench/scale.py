@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
         stored = list(folder.glob("*.distcp"))
         num_bytes = sum(path.stat().st_size for path in stored)
         entries = SafeReader(folder).read_metadata().state_dict_metadata.values()
-        num_blocks = sum(len(entry.chunks) for entry in entries)  # type: ignore[union-attr]
+        num_blocks = sum(len(entry.chunks) for entry in entries)  # type: ignore[union-attr, misc]
         metadata_bytes = (folder / ".metadata").stat().st_size
         shutil.rmtree(arguments.dir)
         print(
