@@ -86,6 +86,12 @@ def search_layers(argv: list[str]) -> int:
     content = _content(arguments, run, result, seen, unseen, constraints.keep)
     if world.is_first:
         print(_table(content))
+        if run.routing.policy == "none" and (half := _nearest_half(content["budgets"])) is not None:
+            print(
+                f"warning: this model was trained without routing, and loses {half['rise']:.3f} nats/token with "
+                f"{half['budget']:g} of its cache even so: training with routing.policy=nested and "
+                "routing.order_from lets it use these sets"
+            )
         if arguments.json is not None:
             maps.write_json(arguments.json, content)
     groups.stop()
@@ -173,6 +179,12 @@ def _entry(
         "first_layers": {"loss": unseen.loss_of(range(size))},
         "random_sets": {"loss": sum(unseen.loss_of(each) for each in sets) / len(sets), "sets": _RANDOM_SETS},
     }
+
+
+def _nearest_half(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The entry whose budget is nearest to one half, of those that leave something out."""
+    smaller = [entry for entry in entries if entry["budget"] < 1]
+    return min(smaller, key=lambda entry: abs(entry["budget"] - 0.5), default=None)
 
 
 def _table(content: dict[str, Any]) -> str:

@@ -38,6 +38,11 @@ class FoundSets:
         raise UserError(f"{self.file} holds nothing for a budget of {budget:g}: choose one of {searched}")
 
 
+def _figures(entry: dict[str, Any]) -> list[Any]:
+    """What is read of an entry beside its map."""
+    return [entry["budget"], entry["rise"], entry["rise_error"], entry["evenly_spread"]["found_less_this"]]
+
+
 def read_found(file: Path) -> FoundSets:
     """Raises:
     UserError: the file cannot be read, or is none of a search.
@@ -54,7 +59,8 @@ def read_found(file: Path) -> FoundSets:
         order = validate_order([int(layer) for layer in content["order"]], len(content["order"]))
         for entry in content["budgets"]:
             validate_sharing_map([int(layer) for layer in entry["kv_source_layers"]], len(order))
-            float(entry["budget"])
+            if not all(isinstance(number, (int, float)) for number in _figures(entry)):
+                raise ValueError("a figure is no number")
         return FoundSets(file, str(content["fingerprint"]), order, content["budgets"])
     except UserError as error:
         raise UserError(f"{file}: {error}".replace(f"{file}: {file}", str(file))) from error

@@ -1,6 +1,7 @@
 """`skv-eval` on the checkpoint of a run."""
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,13 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path) -> None:
     assert command.wait() == 2
     assert "Traceback" not in command.printed
     assert str(tmp_path / "gone") in command.printed
+
+
+def test_a_process_alone_needs_no_port(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Many that start at once on one machine would take it from each other."""
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(busy.getsockname()[1])}
+        command = Command(EVALUATE, [str(run[0]), "eval.samples=1"], place, tmp_path / "log")
+        assert command.wait() == 0, command.printed

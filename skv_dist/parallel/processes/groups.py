@@ -16,7 +16,8 @@ from skv_dist.errors import UserError
 from skv_dist.parallel.processes import attempt, launcher
 
 _ours: set[str] = set()  # variables that no launcher had set
-_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+# DeepSpeed wants to see all of them. Nobody listens on the port: a process alone meets nobody.
+_DEFAULTS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def start(parallel: ParallelConfig) -> World:
         from skv_dist.parallel.processes import cpu_platform
 
         cpu_platform.install()
-    for name, value in {**_DEFAULTS, "MASTER_PORT": str(_free_port())}.items():
+    for name, value in _DEFAULTS.items():
         if name not in os.environ:
             os.environ[name] = value
             _ours.add(name)
@@ -103,11 +104,12 @@ def start(parallel: ParallelConfig) -> World:
 
 
 def _init(backend: str, timeout: datetime.timedelta) -> None:
-    store = attempt.own_store(timeout)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # A process alone needs no port, which many that start at once would take from each other.
+    store = dist.HashStore() if size == 1 else attempt.own_store(timeout)
     if store is None:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
 
 
@@ -154,14 +156,6 @@ def stop() -> None:
 def _cause(error: Exception) -> str:
     """What the system said; torch puts its own account, a stack of C++ calls at times, around it."""
     return re.sub(r"^\[[^]]*\]:? *", "", str(error).strip().splitlines()[0])
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
