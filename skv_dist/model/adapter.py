@@ -66,6 +66,9 @@ def added(
     return torch.cat(blocks, dim=1).flatten(0, 1)
 
 
+_WITH_ADAPTER: dict[type, type] = {}  # class of a module -> that of one whose weight has an adapter
+
+
 class LowRank(torch.nn.Module):
     """Gives a linear module its weight with what was learned added to it, rounded once: what an export holds.
 
@@ -98,8 +101,11 @@ def add_adapters(layers: Sequence[Any], run: RunConfig) -> None:
             targets = [f"{part}_proj" for part in FUSED.get(kind, ()) if f"{part}_proj" in run.lora.target_modules]
             if targets:
                 parts = rows_of(kind, module.weight.shape[0], run)
-                adapter = LowRank(parts, targets, module.weight, run)
+                adapter, plain = LowRank(parts, targets, module.weight, run), type(module)
                 parametrize.register_parametrization(module, "weight", adapter, unsafe=True)
+                # Torch makes a class for each module. One that all layers have in common lets them share what
+                # torch.compile makes of a layer, which would otherwise give up on a model of some depth.
+                module.__class__ = _WITH_ADAPTER.setdefault(plain, type(module))
 
 
 def plain_name(name: str) -> str:

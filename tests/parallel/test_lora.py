@@ -90,6 +90,11 @@ def test_layouts_equal_one_process(workers: Any, alone: Any, processes: int, cha
     check(workers(processes)(parity.train, settings(**changed), parity.STEPS, "adapters_drawn")[0], alone)
 
 
+def test_layers_share_what_is_compiled(workers: Any) -> None:
+    """Dynamo compiles once more for each class that it has not seen, and gives up after some."""
+    assert workers(1)(adapters.kinds_of_layers, settings())[0] == 1
+
+
 @pytest.mark.parametrize("fault", ["adapters_not_summed", "adapters_unscaled"])
 def test_faults_are_noticed(workers: Any, alone: Any, fault: str) -> None:
     with pytest.raises(AssertionError):

@@ -25,3 +25,10 @@ def gradients(settings: dict[str, Any], weights: dict[str, np.ndarray] | None = 
         engine.set_clip_grad_norm(0.0)
         _, found = engines.capture_gradients(engine, run)
         return {"loss": loss, "weights": before, "gradients": found, "states": len(engine.optimizer.state)}
+
+
+def kinds_of_layers(settings: dict[str, Any]) -> int:
+    """How many layers differ in the classes of their modules."""
+    with built(settings) as (run, world), made_engine(run, world) as engine:
+        layers = [layer for chunk in engine.model.chunks for layer in chunk.routed_layers()]
+        return len({tuple(type(module) for module in layer.modules()) for layer in layers})
