@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise UserError(f"checkpoint {folder} does not exist")
+    _require_plain(folder, MANIFEST)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in manifest.items():
@@ -208,6 +210,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} is not what was written") from error
     return dict(manifest)
+
+
+def require_plain(folder: Path) -> None:
+    """Raises DamagedError where a file of the manifest is a pipe or a device, which would be read without end."""
+    for name in (MANIFEST, *read_manifest(folder)):
+        _require_plain(folder, name)
+
+
+def _require_plain(folder: Path, name: str) -> None:
+    """Links are followed: caches of a hub are made of them. A missing file is left to who reads it."""
+    try:
+        mode = (folder / name).stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        raise DamagedError(f"checkpoint {folder} is damaged: {name} is no plain file")
 
 
 def _is_inside(name: str) -> bool:
@@ -230,6 +248,7 @@ def verify(folder: Path, share: int = 0, shares: int = 1) -> None:
     manifest = read_manifest(folder)
     for name in sorted(manifest)[share::shares]:
         file, entry = folder / name, manifest[name]
+        _require_plain(folder, name)
         try:
             size = file.stat().st_size
             if size != entry["bytes"]:
@@ -262,7 +281,7 @@ def read_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: the file, or ``state.json``, cannot be read, or an override asks for another vocabulary.
     """
-    run = load_config(folder / CONFIG, overrides)
+    run = load_config(folder / CONFIG, overrides, alone=True)
     vocab_size = read_state(folder).get("vocab_size")
     if not isinstance(vocab_size, int):
         raise UserError(f"checkpoint {folder} is damaged: {STATE} does not say its vocab_size")

@@ -27,7 +27,7 @@ def config_of(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: ``folder`` is no checkpoint.
     """
-    files.read_manifest(folder)
+    files.require_plain(folder)
     return files.read_config(folder, [*_ONE_PROCESS, *overrides])
 
 

@@ -152,9 +152,15 @@ def read_into(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         UserError: the folder is damaged, does not hold them with their shapes, or is refused.
     """
     try:
+        SafeReader(folder).read_metadata()  # what dcp.load finds wrong with it, torch logs with a traceback
         dcp.load(dict(tensors), storage_reader=SafeReader(folder), planner=_TensorPlanner(folder), no_dist=True)
     except DCP_ERRORS as problem:
         cause = cause_of(problem)
+        if isinstance(cause, pickle.UnpicklingError):
+            raise UserError(
+                f"checkpoint {folder} is refused: something in it that is called a tensor is none, and torch might "
+                "execute it: do not use this one"
+            ) from problem
         if isinstance(cause, UserError):
             raise cause from problem
         if isinstance(cause, OSError):

@@ -13,19 +13,20 @@ from skv_dist.config.yaml_file import KeyPath, Lines, parse_override, read_file
 from skv_dist.errors import UserError
 
 
-def load_config(file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(file: str | Path, overrides: Sequence[str] = (), *, alone: bool = False) -> RunConfig:
     """Read and check a run configuration.
 
     Args:
         file: a YAML file; its optional top-level ``base`` names files (relative to it) to start from.
         overrides: ``section.key=value`` strings, the value as `parse_override` reads it; list entries by index
             (``data.sources.0.path``).
+        alone: refuse ``base``: a file that was written by a run holds everything, and must not have others read.
 
     Raises:
         UserError: naming file and line, key, and the cure where there is one.
     """
     lines: Lines = {}
-    values = read_file(Path(file), lines)
+    values = read_file(Path(file), lines, alone=alone)
     for override in overrides:
         _apply_override(values, override)
     try:

@@ -65,12 +65,13 @@ def parse_override(text: str) -> Any:
     return text if isinstance(value, str) else value
 
 
-def read_file(file: Path, lines: Lines, ancestors: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_file(file: Path, lines: Lines, ancestors: tuple[Path, ...] = (), *, alone: bool = False) -> dict[str, Any]:
     """One file, laid on the files that its ``base`` names (paths relative to it).
 
     Args:
         lines: gets the place of each key.
         ancestors: the files whose ``base`` led here.
+        alone: refuse ``base``.
 
     Raises:
         UserError: a file cannot be read, or is no mapping in YAML.
@@ -78,6 +79,8 @@ def read_file(file: Path, lines: Lines, ancestors: tuple[Path, ...] = ()) -> dic
     if file in ancestors:
         raise UserError(f"{file}: 'base' leads back to itself")
     values, node = _parse(file)
+    if alone and "base" in values:
+        raise UserError(f"{file}: 'base' is for files that are written by hand: this one must not name others")
     base = values.pop("base", [])
     merged: dict[str, Any] = {}
     for name in [base] if isinstance(base, str) else base:

@@ -1,6 +1,7 @@
 """Tokenizers: bytes by default (nothing to download), or any Hugging Face tokenizer."""
 
 import hashlib
+import re
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -108,6 +109,7 @@ class HuggingFaceTokenizer:
             raise UserError(f"data.tokenizer '{name}' cannot be loaded: {reason}") from error
         if self.stock.eos_token_id is None:
             raise UserError(f"data.tokenizer '{name}' has no end-of-sequence token, which ends each document")
+        _check_template_names(name, self.stock.chat_template)
         self.name = name
         self.vocab_size = max(len(self.stock), 1 + max(self.stock.get_vocab().values(), default=-1))  # ids have holes
         self.end_of_document = int(self.stock.eos_token_id)
@@ -181,6 +183,13 @@ class HuggingFaceTokenizer:
             backend.no_truncation()
             backend.no_padding()
         return list(dict.fromkeys([*earlier, _digest(self._content())]))
+
+
+def _check_template_names(tokenizer: str, templates: object) -> None:
+    """Each of several chat templates is saved under its name. Raises UserError where that leads out of the folder."""
+    for name in templates if isinstance(templates, dict) else ():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+            raise UserError(f"data.tokenizer '{tokenizer}' has a chat template called {name!r}, which is no file name")
 
 
 def _digest(content: str) -> str:

@@ -122,14 +122,17 @@ def _to_peft(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from skv_dist.checkpoint import folder as files
     from skv_dist.checkpoint.kinds import checkpoint_at
 
     from .findings import first_problem, table
     from .reference import comparison_text
     from .verify import verify
 
+    checkpoint = checkpoint_at(arguments.checkpoint)
+    files.verify(checkpoint)
     findings = verify(
-        checkpoint_at(arguments.checkpoint),
+        checkpoint,
         arguments.exported,
         arguments.engine,
         arguments.python,

@@ -13,7 +13,17 @@ from pathlib import Path
 
 def report_error(message: object) -> None:
     """As `report_once`, in the form that all errors of a command have."""
-    report_once(f"{os.path.basename(sys.argv[0])}: error: {message}")
+    report_once(f"{os.path.basename(sys.argv[0])}: error: {printable(str(message))}")
+
+
+def printable(text: str) -> str:
+    """``text`` as one line without control characters, which would forge lines or steer a terminal.
+
+    Names in it come from files of other people. A character that cannot be shown stands by its escape, as in Python.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def report_once(line: str) -> None:
