@@ -82,7 +82,7 @@ class PackedExamples:
 
     def __init__(self, prepared: PreparedSet, fitted: Fitted, config: DataConfig, tokenizer: Tokenizer) -> None:
         assert prepared.answers is not None
-        self._tokens, self._answers, self._fitted = prepared.tokens, prepared.answers, fitted
+        self._prepared, self._answers, self._fitted = prepared, prepared.answers, fitted
         self._pad, self._first_of_cut = tokenizer.end_of_document, tokenizer.begin_of_document
         self._capacity = config.sequence_length + 1
         self._only_answers = config.train_on == "response"
@@ -104,7 +104,7 @@ class PackedExamples:
             length = int(self._fitted.lengths[example])
             first = int(self._fitted.begins[example])
             place, stored = slice(begin, begin + length), slice(first, first + length)
-            tokens[place] = self._tokens[stored]
+            tokens[place] = self._prepared.read(stored.start, stored.stop)
             if self._fitted.is_cut[example] and self._first_of_cut is not None:
                 tokens[begin] = self._first_of_cut
             documents[place] = document

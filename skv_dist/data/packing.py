@@ -64,7 +64,7 @@ class PackedDocuments:
         while begin < end:
             stop = min(end, int(self._starts[place + 1]))
             offset = int(self._prepared.offsets[self._chosen[place]]) - int(self._starts[place])
-            pieces.append(np.asarray(self._prepared.tokens[begin + offset : stop + offset], dtype=np.int64))
+            pieces.append(self._prepared.read(begin + offset, stop + offset))
             labels.append(np.full(stop - begin, place - first, dtype=np.int64))
             begin, place = stop, place + 1
         return Sample(np.concatenate(pieces), np.concatenate(labels))

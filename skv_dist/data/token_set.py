@@ -115,6 +115,8 @@ class PreparedSet:
             fingerprint, name = self.meta["tokenizer_fingerprint"], self.meta["tokenizer"]
             index = IndexedDataset(str(folder / "tokens"), mmap=True).index
             lengths = np.asarray(index.sequence_lengths, dtype=np.int64)
+            if np.dtype(index.dtype).kind not in "iu" or (lengths < 0).any():
+                raise ValueError
             content = self.meta.get("content")
             if content is not None:
                 int(content, 16)
@@ -131,9 +133,26 @@ class PreparedSet:
         if num_bytes != expected:
             raise UserError(f"prepared data {folder}: tokens.bin has {num_bytes} bytes, tokens.idx says {expected}")
         self.tokens = np.memmap(folder / "tokens.bin", dtype=index.dtype, mode="r")
+        self._vocab_size = None if tokenizer is None else tokenizer.vocab_size
         self.hashes = None if content is None else self._read_hashes()
         self.content: str = content or self._content_of_tokens()
         self.answers = self._read_answers() if self.meta.get("examples") else None
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Tokens [begin, end) of all, int64.
+
+        Raises:
+            UserError: one is no token of the tokenizer. A model would look it up outside its embedding.
+        """
+        tokens = np.asarray(self.tokens[begin:end], dtype=np.int64)
+        if self._vocab_size is not None and len(tokens):
+            wrong = np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))
+            if len(wrong):
+                raise UserError(
+                    f"prepared data {self.folder}: token {begin + wrong[0]} of tokens.bin is {tokens[wrong[0]]}, but "
+                    f"the tokenizer has {self._vocab_size}: the file is damaged, prepare the data again"
+                )
+        return tokens
 
     def _read_hashes(self) -> np.ndarray:
         return self._mapped(_HASHES, "<u8", self.num_documents)  # without them other documents would be held out

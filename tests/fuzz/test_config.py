@@ -67,7 +67,9 @@ def _written(values: Any, indent: int = 0) -> str:
         elif isinstance(value, _Raw):
             lines.append(f"{head} {value}\n")
         else:
-            lines.append(f"{head} {yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix('...' + chr(10)).strip()}\n")
+            lines.append(
+                f"{head} {yaml.safe_dump(value, default_flow_style=True, width=10**9).removesuffix('...' + chr(10)).strip()}\n"
+            )
     return "".join(lines)
 
 
@@ -86,7 +88,9 @@ def configure(caller: Caller, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     def run(content: bytes, *overrides: str, anywhere: bool = False) -> RunConfig | None:
         file.write_bytes(content)
         seen.clear()
-        names = () if anywhere else (file, "command line", "override", "model.", "train.", "data.", "parallel.", "usage")
+        names = (
+            () if anywhere else (file, "command line", "override", "model.", "train.", "data.", "parallel.", "usage")
+        )
         outcome = caller.refused_or_right(train.main, file, *overrides, names=names)
         if outcome is None:
             return None
@@ -143,7 +147,9 @@ def test_wrong_shapes(configure: Callable[..., RunConfig | None], path: Any, tre
 
 
 @examples(60)
-@given(number=st.integers(1, 10**6), form=st.sampled_from(["{}", "{}.0", "+{}", "{:_}", "{}e0", "{:#x}", "{:#o}", "'{}'"]))
+@given(
+    number=st.integers(1, 10**6), form=st.sampled_from(["{}", "{}.0", "+{}", "{:_}", "{}e0", "{:#x}", "{:#o}", "'{}'"])
+)
 def test_an_integer_is_what_it_says(configure: Callable[..., RunConfig | None], number: int, form: str) -> None:
     values = copy.deepcopy(_FULL)
     values["train"]["steps"] = _Raw(form.format(number))

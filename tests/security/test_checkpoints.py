@@ -122,9 +122,7 @@ def test_they_would_be_executed(whole: Path, tmp_path: Path, craft: Craft) -> No
     assert made.exists()
 
 
-def test_a_command_says_one_line_and_fails(
-    whole: Path, readers: dict[str, Reader], tmp_path: Path, made: Path
-) -> None:
+def test_a_command_says_one_line_and_fails(whole: Path, readers: dict[str, Reader], tmp_path: Path, made: Path) -> None:
     """As processes, all at once: what `entry_point` makes of a refusal."""
     craft = next(craft for craft in CRAFTS if craft.__name__ == "a_tensor_is_called_bytes")
     folder = crafted(whole, tmp_path / "step_00000001", craft, made)
@@ -175,7 +173,9 @@ def test_code_beside_the_tokenizer_is_left_alone(
         assert not made.exists(), name
 
 
-def test_links_may_lead_to_plain_files_only(workers: Any, whole: Path, readers: dict[str, Reader], tmp_path: Path) -> None:
+def test_links_may_lead_to_plain_files_only(
+    workers: Any, whole: Path, readers: dict[str, Reader], tmp_path: Path
+) -> None:
     """The cache of a hub is made of links; one to a device would be read without end."""
     folder = tmp_path / "step_00000001"
     shutil.copytree(whole, folder)

@@ -86,4 +86,4 @@ def test_what_lies_outside_does_not_travel(folder: Path, tmp_path: Path) -> None
     (tmp_path / "secret").write_text("secret")
     os.symlink(tmp_path / "secret", folder / "notes.json")
     change(folder, vocab_file="../secret", tokenizer_file="../secret")
-    assert all(b"secret" != content.strip() for content in load_tokenizer(str(folder)).files().values())
+    assert all(content.strip() != b"secret" for content in load_tokenizer(str(folder)).files().values())

@@ -14,6 +14,15 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "mist
 OUR_MODEL_TYPE = "skv"  # of a folder that carries code of ours
 _OUR_MODULE, _OUR_MLX_FILE = "modeling_skv", "mlx_skv.py"
 CODE = (f"{_OUR_MODULE}.py", _OUR_MLX_FILE)  # the files of ../engines/models that travel with it
+# The fields of config.json that have engines run code.
+CODE_FIELDS: dict[str, Any] = {
+    "auto_map": {
+        "AutoConfig": f"{_OUR_MODULE}.SkvConfig",
+        "AutoModel": f"{_OUR_MODULE}.SkvModel",
+        "AutoModelForCausalLM": f"{_OUR_MODULE}.SkvForCausalLM",
+    },
+    "model_file": _OUR_MLX_FILE,  # mlx-lm's name for the same thing
+}
 
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _NEEDED = (
@@ -245,12 +254,7 @@ def shared_fields(model: ModelConfig, sources: Map, weight_layers: Sequence[int]
     return {
         "architectures": ["SkvForCausalLM"],
         "model_type": OUR_MODEL_TYPE,
-        "auto_map": {
-            "AutoConfig": f"{_OUR_MODULE}.SkvConfig",
-            "AutoModel": f"{_OUR_MODULE}.SkvModel",
-            "AutoModelForCausalLM": f"{_OUR_MODULE}.SkvForCausalLM",
-        },
-        "model_file": _OUR_MLX_FILE,  # mlx-lm's name for the same thing
+        **CODE_FIELDS,
         "qk_norm": model.qk_norm,
         "kv_source_layers": list(sources),
         "kv_weight_layers": list(weight_layers),

@@ -70,7 +70,7 @@ class HuggingFaceFolder:
             raise UserError(f"{index} has no weight_map")
         parts: dict[str, set[str]] = {}
         for tensor, name in places.items():
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise UserError(f"{index}: weight_map places {tensor} in {name!r}, which is no file beside it")
             parts.setdefault(name, set()).add(tensor)
         return dict(sorted(parts.items()))

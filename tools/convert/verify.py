@@ -16,7 +16,7 @@ from skv_dist.routing import map_from_retention
 from ..weights import DTYPES
 from .blocks import Map
 from .findings import FLOAT64_LIMIT, Finding, float32_limit
-from .hf_config import CODE, OUR_MODEL_TYPE, map_of, shape_of
+from .hf_config import CODE, CODE_FIELDS, OUR_MODEL_TYPE, map_of, shape_of
 from .hf_folder import read_json
 from .layerwise import LogProbs, checkpoint_log_probs
 from .reference import TEXT, Tokens, comparison_tokens, write_unshared
@@ -168,8 +168,23 @@ def largest_difference(one: LogProbs, other: LogProbs) -> float:
 
 
 def _check_code(exported: Path, config: dict[str, Any]) -> None:
-    """What runs here is the installed code, so the folder must carry the same."""
-    for name in CODE if config["model_type"] == OUR_MODEL_TYPE else ():
+    """Nothing but the installed code runs here: the folder must carry the same, and name no other.
+
+    vLLM and MLX run what the fields of `CODE_FIELDS` name, files of the folder or of the hub.
+
+    Raises:
+        UserError: naming the file, and the field.
+    """
+    is_ours = config.get("model_type") == OUR_MODEL_TYPE
+    for file in sorted(exported.glob("*config.json")):
+        fields = read_json(file)
+        for field, ours in CODE_FIELDS.items():
+            if field in fields and not (is_ours and file.name == "config.json" and fields[field] == ours):
+                raise UserError(
+                    f"{file}: {field} names code that is not this version's, which an engine might run: export the "
+                    "folder again, or do not use it"
+                )
+    for name in CODE if is_ours else ():
         if not (exported / name).exists() or (exported / name).read_bytes() != (MODELS / name).read_bytes():
             raise UserError(f"{exported / name} is not the file of this version of skv-dist: export the folder again")
 
