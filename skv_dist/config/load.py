@@ -1,5 +1,6 @@
 """YAML and command-line overrides to a `RunConfig`, with errors that name the file, the line and the key."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from pydantic import ValidationError
 
 from skv_dist.config.keys import dotted, field_at, unknown_key
 from skv_dist.config.run import RunConfig
-from skv_dist.config.yaml_file import KeyPath, Lines, parse_override, read_file
+from skv_dist.config.yaml_file import KeyPath, Lines, dump, parse_override, read_file
 from skv_dist.errors import UserError
 
 
@@ -29,16 +30,29 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), *, alone: bool 
     values = read_file(Path(file), lines, alone=alone)
     for override in overrides:
         _apply_override(values, override)
+    given = [override.partition("=")[0] for override in overrides]
+    if (path := _unwritable(values, ())) is not None:
+        raise UserError(
+            f"{_place(path, lines, given)}: {dotted(path)}: it holds a character that no text or name of a file can"
+        )
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        overridden = [override.partition("=")[0] for override in overrides]
-        raise UserError(_first_error(error, lines, overridden)) from error
+        raise UserError(_first_error(error, lines, given)) from error
+
+
+def _unwritable(value: Any, path: KeyPath) -> KeyPath | None:
+    """The key of a text with NUL, which ends a name of a file, or half a character, which no UTF-8 can say."""
+    if isinstance(value, str):
+        return path if re.search("[\0\ud800-\udfff]", value) else None
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (_unwritable(child, (*path, key)) for key, child in children)
+    return next((wrong for wrong in found if wrong is not None), None)
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML, every key present."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump(config.model_dump(mode="json"))
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 from skv_dist import __version__
@@ -19,6 +18,7 @@ from skv_dist.checkpoint.travelling import ORIGIN, TOKENIZER, Files, travelling_
 from skv_dist.config.load import dump_config
 from skv_dist.config.model import ModelConfig
 from skv_dist.config.run import RunConfig
+from skv_dist.config.yaml_file import dump
 from skv_dist.data.tokenizer import Tokenizer, load_tokenizer
 from skv_dist.errors import UserError
 from skv_dist.files import new_folder
@@ -106,7 +106,7 @@ def write_start(source: Path, out: Path, tokenizer_name: str | None, name: Path)
     path = str(name.absolute() / TOKENIZER) if tokenizer.files() else tokenizer.name
     run = _starting_point(section, path, precision="bf16" if folder.main_dtype() == "BF16" else "fp32")
     base = {"model": section, "data": {"tokenizer": path}}
-    (out / MODEL_FILE).write_text(yaml.safe_dump(base, sort_keys=False))
+    (out / MODEL_FILE).write_text(dump(base))
     (out / files.CONFIG).write_text(dump_config(run))
     write_travelling(out, travelling)
     files.write_state(out, _state(model, tokenizer, source))
