@@ -29,9 +29,22 @@ _MOST_NODES = 100_000  # of a file, each alias counted as what it stands for
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, no dates, as no key is one, and no repeated keys."""
+    """YAML 1.2's scalars, lists and mappings, and no repeated keys."""
 
     yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile(r"^<<$"))]}
+    yaml_constructors = {
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq", "map")
+    }
+
+    def construct_yaml_bool(self, node: yaml.ScalarNode) -> bool:
+        text = str(self.construct_scalar(node)).lower()
+        if text not in ("true", "false"):  # behind a tag !!bool
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{text[:40]!r} is neither true nor false", node.start_mark
+            )
+        return text == "true"
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
@@ -78,6 +91,7 @@ class _Dumper(yaml.SafeDumper):
 for _name, (_pattern, _first) in _SCALARS.items():
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 

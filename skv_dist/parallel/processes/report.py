@@ -10,10 +10,17 @@ import tempfile
 import time
 from pathlib import Path
 
+_LONGEST = 4000  # characters of an error
+
 
 def report_error(message: object) -> None:
     """As `report_once`, in the form that all errors of a command have."""
-    report_once(f"{os.path.basename(sys.argv[0])}: error: {printable(str(message))}")
+    report_once(f"{os.path.basename(sys.argv[0])}: error: {_shortened(printable(str(message)))}")
+
+
+def _shortened(line: str) -> str:
+    """Without its middle where somebody's data made it longer than anybody reads."""
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 def printable(text: str) -> str:
