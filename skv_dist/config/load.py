@@ -90,7 +90,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _is_index(name: str, container: Any) -> bool:
     """Whether ``name`` is the index of an entry that a list has."""
-    return isinstance(container, list) and name.isdigit() and int(name) < len(container)
+    return isinstance(container, list) and name.isascii() and name.isdigit() and int(name[:9]) < len(container)
 
 
 def _first_error(error: ValidationError, lines: Lines, overridden: Sequence[str]) -> str:
