@@ -1,5 +1,6 @@
 """Configuration files: the shipped ones, and one clear line for whatever is wrong."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,18 @@ import pytest
 from skv_dist.config.load import dump_config, load_config
 from skv_dist.config.run import derive
 from skv_dist.errors import UserError
+from skv_dist.routing.found import FORMAT
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 REFERENCE = CONFIGS / "reference.yaml"
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
-def test_shipped_configurations_load(file: Path) -> None:
+def test_shipped_configurations_load(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tmp_path / "runs/finetune/initial.json"  # what finetune.yaml has skv-eval search write before
+    found.parent.mkdir(parents=True)
+    found.write_text(json.dumps({"format": FORMAT, "fingerprint": "", "order": list(range(30)), "budgets": []}))
+    monkeypatch.chdir(tmp_path)
     load_config(file)
 
 

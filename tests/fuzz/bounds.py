@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # So many times as many examples as in the suite, other ones in each run (tests/long/test_fuzz.py).
 FACTOR = int(os.environ.get("SKV_FUZZ", "1"))
@@ -25,6 +25,8 @@ def examples(number: int) -> Any:
         derandomize=FACTOR == 1,
         database=None,
         deadline=None,
+        # Making what fails smaller would take minutes, and it is small: one damaged file.
+        phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
 

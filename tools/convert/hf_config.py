@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError, cause_in_one_line
@@ -57,6 +57,24 @@ _FIELDS = {  # of config.json, by key of the model section
 }
 
 
+class _Given(BaseModel):
+    """Types of the fields that are read beside `_NEEDED`; others may be there."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    architectures: list[str] | None = None
+    hidden_act: str | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    tie_word_embeddings: bool | None = None
+    initializer_range: float | None = None
+    sliding_window: int | None = None
+    use_sliding_window: bool | None = None
+    layer_types: list[str] | None = None
+
+
 def model_section(config: dict[str, Any]) -> dict[str, Any]:
     """The ``model`` section for ``config.json``'s content, which `complete` has completed.
 
@@ -108,6 +126,11 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
             _refuse(config, field, "a number")
         if config[field] <= 0:
             _refuse(config, field, "a number above 0")
+    try:
+        _Given.model_validate(config)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(f"config.json: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
     given = {field: config[field] for field in (*_NEEDED, *_DEFAULTED) if field in config}
     try:
         defaults = CONFIG_MAPPING[model_type](**given).to_dict()
@@ -263,8 +286,8 @@ def shared_fields(model: ModelConfig, sources: Map, weight_layers: Sequence[int]
 
 def map_of(config: dict[str, Any]) -> Map:
     """The map that ``config.json`` describes, in our way or in Gemma 4's (``num_kv_shared_layers``)."""
-    layers = int(config["num_hidden_layers"])
-    owners = layers - int(config.get("num_kv_shared_layers", 0))
+    layers = config["num_hidden_layers"]
+    owners = layers - (config.get("num_kv_shared_layers") or 0)
     return tuple(config.get("kv_source_layers") or (min(layer, owners - 1) for layer in range(layers)))
 
 

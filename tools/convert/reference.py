@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from skv_dist.config.model import ModelConfig
-from skv_dist.errors import UserError
+from skv_dist.errors import UserError, cause_in_one_line
 
 from .hf_config import hf_config, shared_fields
 from .to_hf import copy_code, write_tensors
@@ -40,14 +40,21 @@ def comparison_text(file: Path | None, num_tokens: int) -> str:
 
 
 def comparison_tokens(exported: Path, text: str, max_tokens: int) -> Tokens:
-    """[1, s]: the beginning of ``text`` by the folder's own tokenizer. Raises UserError where that is too short."""
+    """[1, s]: the beginning of ``text`` by the folder's own tokenizer.
+
+    Raises:
+        UserError: the text is too short, or the tokenizer cannot be loaded.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     from ..engines.models.modeling_skv import SkvConfig
 
     AutoConfig.register(SkvConfig.model_type, SkvConfig, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=False)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(exported, trust_remote_code=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:max_tokens]
+    except Exception as error:  # of whatever class: a file may be damaged in any way
+        raise UserError(f"the tokenizer of {exported} cannot be used: {cause_in_one_line(error)}") from error
     if len(ids) < 2:
         raise UserError("the text to compare on has fewer than two tokens")
     return np.asarray([ids], dtype=np.int64)

@@ -13,6 +13,7 @@ from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
 from skv_dist.routing import map_from_retention
 
+from ..engines.export.exported_config import read_config
 from ..weights import DTYPES
 from .blocks import Map
 from .findings import FLOAT64_LIMIT, Finding, float32_limit
@@ -48,8 +49,13 @@ def verify(
     Raises:
         UserError: a folder cannot be read, or the engine fails.
     """
-    config = read_json(exported / "config.json")
-    _check_code(exported, config)
+    config = _exported_config(exported)
+    layers = config_of(checkpoint).model.num_layers
+    if config["num_hidden_layers"] != layers:
+        raise UserError(
+            f"{exported / 'config.json'}: num_hidden_layers is {config['num_hidden_layers']}, but {checkpoint} has "
+            f"{layers} layers: it was made from another checkpoint"
+        )
     own, maps = map_of(config), _maps_to_try(config, engine)
     if asked is not None:
         maps = list(dict.fromkeys([asked, *(sources for sources in maps if sources != own)]))
@@ -89,8 +95,7 @@ def verify_onnx(exported: Path, onnx: Path, python: str = sys.executable) -> lis
     Raises:
         UserError: a folder cannot be read, or an engine fails.
     """
-    config = read_json(exported / "config.json")
-    _check_code(exported, config)
+    config = _exported_config(exported)
     sources = map_of(config)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -116,7 +121,7 @@ def verify_start(source: Path, checkpoint: Path, tokens: Tokens) -> list[Finding
         UserError: a folder cannot be read, or transformers fails.
     """
     config = read_json(source / "config.json")
-    full = tuple(range(int(config["num_hidden_layers"])))
+    full = tuple(range(config["num_hidden_layers"]))
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         np.save(work / "tokens.npy", tokens)
@@ -167,6 +172,19 @@ def largest_difference(one: LogProbs, other: LogProbs) -> float:
     return float(np.max(np.abs(one - other)))
 
 
+def _exported_config(exported: Path) -> dict[str, Any]:
+    """``config.json`` of an exported folder that names no code but ours.
+
+    Raises:
+        UserError: naming file and field.
+    """
+    _check_code(exported, read_json(exported / "config.json"))
+    try:
+        return read_config(exported)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def _check_code(exported: Path, config: dict[str, Any]) -> None:
     """Nothing but the installed code runs here: the folder must carry the same, and name no other.
 
@@ -191,7 +209,7 @@ def _check_code(exported: Path, config: dict[str, Any]) -> None:
 
 def _maps_to_try(config: dict[str, Any], engine: str) -> list[Map]:
     """The folder's own, and of an adaptive folder a few more, where the runner can be told."""
-    sources, layers = map_of(config), int(config["num_hidden_layers"])
+    sources, layers = map_of(config), config["num_hidden_layers"]
     is_adaptive = len(config.get("kv_weight_layers") or ()) == layers
     if engine != "transformers" or not is_adaptive:
         return [sources]

@@ -18,8 +18,8 @@ import numpy as np
 import onnxruntime_genai as og
 
 # By path: the engine's own Python need not have skv-dist.
-sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
-from onnx_genai import export_onnx
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from export.onnx_genai import export_onnx
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .decoder import add_decoder, cache_names, rotary_tables
+from ..exported_config import read_config, read_sampling, weight_shapes
+from .decoder import add_decoder, cache_names
 from .graph import MICROSOFT, Graph
 from .weights import Array, map_weights
 
@@ -35,8 +36,7 @@ def export_onnx(folder: Path, out: Path) -> None:
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
     model = helper.make_model(body, opset_imports=opsets, ir_version=10, producer_name="skv-dist")
     onnx.save(model, out / "model.onnx")
-    sampling_file = folder / "generation_config.json"
-    sampling = json.loads(sampling_file.read_text(encoding="utf-8")) if sampling_file.exists() else {}
+    sampling = read_sampling(folder)
     (out / "genai_config.json").write_text(json.dumps(_genai_config(config, sampling), indent=2) + "\n")
     for path in folder.iterdir():
         if path.suffix in (".json", ".jinja", ".model", ".txt") and path.name not in _NOT_COPIED:
@@ -53,16 +53,11 @@ def check_expressible(folder: Path) -> tuple[dict[str, Any], dict[str, Array]]:
         import onnx  # noqa: F401
     except ImportError as error:
         raise ValueError("writing an ONNX model needs the package onnx: pip install onnx") from error
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {folder / 'config.json'}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    config = read_config(folder)
+    read_sampling(folder)
     _check_type(config, folder)
     weights = map_weights(folder)
     _check(config, weights, folder)
-    rotary_tables({**config, "max_position_embeddings": 1})
     return config, weights
 
 
@@ -81,21 +76,18 @@ def _check(config: dict[str, Any], weights: dict[str, Array], folder: Path) -> N
     """Refuse what cannot be expressed.
 
     Raises:
-        ValueError: the folder holds another model, its map is not one, or weights that the map needs are missing.
+        ValueError: the map is said in another way, or weights that it needs are missing or of another shape.
     """
-    sources = config["kv_source_layers"]
     if config.get("kv_retention") is not None:
         raise ValueError(f"{folder}/config.json sets kv_retention: set the kv_source_layers that it means instead")
-    if len(sources) != config["num_hidden_layers"]:
-        raise ValueError(f"kv_source_layers has {len(sources)} entries for {config['num_hidden_layers']} layers")
-    for layer, source in enumerate(sources):
-        if not 0 <= source <= layer or sources[source] != source:
-            raise ValueError(f"kv_source_layers[{layer}] is {source}, which is no earlier owner of a cache")
-        if f"model.layers.{source}.self_attn.k_proj.weight" not in weights:
-            raise ValueError(f"layer {source} cannot own a cache: {folder} holds no key projection of it")
+    for name, shape in weight_shapes(config).items():
+        if name not in weights:
+            raise ValueError(f"{folder} holds no {name}, which its config.json needs")
+        if weights[name].shape != shape:
+            raise ValueError(f"{folder}: {name} is {list(weights[name].shape)}, but config.json makes it {list(shape)}")
     biased = [name for name in weights if name.endswith("proj.bias")]
-    if biased or config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{folder}: {biased[0] if biased else config['hidden_act']} is not supported here")
+    if biased:
+        raise ValueError(f"{folder}: {biased[0]} is not supported here")
 
 
 def _inputs(config: dict[str, Any]) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
 Array = npt.NDArray[Any]
 
@@ -16,10 +17,15 @@ def map_weights(folder: Path) -> dict[str, Array]:
     """Every tensor of the folder; no bytes are read yet. bfloat16 comes as uint16.
 
     Raises:
-        ValueError: there are none, or one has another type.
+        ValueError: there are none, a file is damaged, or a tensor has another type.
     """
     weights: dict[str, Array] = {}
     for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="np"):  # which checks header and offsets; it has no bfloat16 to give
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: it cannot be read ({error})") from error
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(header_bytes))
