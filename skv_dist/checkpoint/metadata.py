@@ -66,7 +66,8 @@ class SafeReader(dcp.FileSystemReader):
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}") from error
         except Exception as error:  # damaged pickles raise almost anything
-            raise UserError(f"checkpoint {self.path} is damaged: .metadata cannot be read ({error})") from error
+            cause = cause_in_one_line(error)
+            raise UserError(f"checkpoint {self.path} is damaged: .metadata cannot be read ({cause})") from error
         if metadata.storage_meta is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
