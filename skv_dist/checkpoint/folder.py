@@ -1,7 +1,8 @@
 """Checkpoint folders: complete or invisible, checked before they are read. Nothing here needs torch.
 
 ``checkpoints/step_00000100/`` holds DCP's ``.metadata`` and ``__RANK_N.distcp`` (tensors), ``metadata.json``
-(Megatron's mark of the format), ``state.json`` (the rest of the run's state), ``config.yaml``, what
+(Megatron's mark of the format), ``state.json`` (the rest of the run's state), ``config.yaml``, of a run that streams
+``stream.json``, what
 `skv_dist.checkpoint.travelling` lists, and ``manifest.json``: size and SHA-256 of every other file. A folder is written
 under a hidden name and renamed once all of it is on disk; ``checkpoints/latest`` names the newest. Files that the
 manifest does not know, such as ``.DS_Store``, are ignored.
@@ -32,6 +33,7 @@ from skv_dist.files import WRITING, replace_text, sync_folder, unfinished_path, 
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+STREAM = "stream.json"
 CONFIG = "config.yaml"
 LATEST = "latest"
 SUPERSEDED = "superseded"
@@ -104,7 +106,14 @@ def digests(folder: Path) -> dict[str, Any]:
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """What a checkpoint holds beside its tensors, and the mark of the format."""
+    """What a checkpoint holds beside its tensors, and the mark of the format.
+
+    Where the state has an entry ``stream``, it gets a file of its own.
+    """
+    stream = state.get("stream")
+    if stream is not None:
+        write_synced(folder / STREAM, json.dumps(stream) + "\n")
+    state = {key: value for key, value in state.items() if key != "stream"}
     write_synced(folder / STATE, json.dumps(state, indent=1) + "\n")
     write_synced(folder / "metadata.json", json.dumps(_MEGATRON) + "\n")
 
@@ -206,7 +215,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} is missing") from error
     except OSError as error:
-        raise _unreadable(folder / MANIFEST, error) from error
+        raise unreadable(folder / MANIFEST, error) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {MANIFEST} is not what was written") from error
     return dict(manifest)
@@ -234,7 +243,8 @@ def _is_inside(name: str) -> bool:
     return "\\" not in name and all(part not in ("", ".", "..") for part in parts)
 
 
-def _unreadable(file: Path, error: OSError) -> UserError:
+def unreadable(file: Path, error: OSError) -> UserError:
+    """For an error of the file system, which is no damage."""
     return UserError(f"{file} cannot be read: {error.strerror or error}; start again once it can")
 
 
@@ -260,7 +270,7 @@ def verify(folder: Path, share: int = 0, shares: int = 1) -> None:
         except FileNotFoundError as error:
             raise DamagedError(f"checkpoint {folder} is damaged: {name} is missing") from error
         except OSError as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -270,7 +280,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {STATE} is missing") from error
     except OSError as error:
-        raise _unreadable(folder / STATE, error) from error
+        raise unreadable(folder / STATE, error) from error
     except (ValueError, TypeError) as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {STATE} is not what was written") from error
 

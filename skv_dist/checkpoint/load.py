@@ -1,5 +1,6 @@
 """Reading checkpoints: into an engine of any layout, or tensor by tensor."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.metadata import SafeReader, read_into
 from skv_dist.checkpoint.shards import empty_parts, restore, shards_to_read
 from skv_dist.config.run import RunConfig
+from skv_dist.data.lane_state import StreamOnDisk, parse_stream
 from skv_dist.errors import UserError
 from skv_dist.parallel.engines.base import Engine, Quantity
 from skv_dist.parallel.processes.agree import first_error
@@ -68,6 +70,23 @@ def load_checkpoint(
     restore(engine, parts, quantities, left_out)
     if not weights_only:
         engine.num_updates = int(files.read_state(folder)["updates"])
+
+
+def read_stream(folder: Path) -> StreamOnDisk | None:
+    """Where the lanes of a stream are; None where the run did not stream.
+
+    Raises:
+        UserError: it cannot be read; DamagedError: it is not what was written.
+    """
+    file = folder / files.STREAM
+    try:
+        return parse_stream(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise files.unreadable(file, error) from error
+    except (ValueError, TypeError) as error:
+        raise files.DamagedError(f"checkpoint {folder} is damaged: {files.STREAM} is not what was written") from error
 
 
 def read_tensors(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import INTERRUPTED, entry_point
 from skv_dist.config.load import load_config
-from skv_dist.config.run import Derived, RunConfig, derive
+from skv_dist.config.run import Derived, RunConfig, check_lanes, derive
 from skv_dist.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
@@ -73,6 +73,7 @@ def train(run: RunConfig) -> signal.Signals | None:
 
     # What can be told without the other processes is told before they meet.
     derived = derive(run, launcher.world_size())
+    check_lanes(run, derived)
     check_device(run)
     transformer_impl(run)
     tokenizer = load_tokenizer(run.data.tokenizer)
@@ -99,7 +100,7 @@ def _train_in_world(
 
     out = output_folder.folder_of(run)
     start = resume.choose(run, out / output_folder.CHECKPOINTS, tokenizer.fingerprints())
-    data = _open_data(run, tokenizer, start)
+    data = _open_data(run, derived, tokenizer, start)
     is_new = world.is_first and not out.exists()
     _claim(out, run, world)
     lock = FolderLock(out)
@@ -112,22 +113,35 @@ def _train_in_world(
                 out.rmdir()  # where the start was refused: it is empty
 
 
-def _open_data(run: RunConfig, tokenizer: "Tokenizer", start: Path | None) -> RunData:
+def _open_data(run: RunConfig, derived: Derived, tokenizer: "Tokenizer", start: Path | None) -> RunData:
     """The data of the run; that of the checkpoint ``start``, if it goes on from one."""
     from skv_dist.checkpoint.folder import read_config, read_state
-    from skv_dist.data.continuing import check_goes_on, data_state
+    from skv_dist.checkpoint.load import read_stream
+    from skv_dist.data.continuing import check_goes_on, data_state, restore_stream
     from skv_dist.data.open import open_data
     from skv_dist.data.split import SplitRule, rule_of
+    from skv_dist.parallel.processes.agree import on_first_rank
     from skv_dist.parallel.processes.rendezvous import wait_for_all
 
     allowed = run.checkpoint.allow_changed
     rule = SplitRule.CONTENT if start is None else rule_of(read_state(start), run.data, allowed)
     samples, validation = open_data(
-        run.data, tokenizer, run.train.seed, wait_for_all, rule=rule, validation_needed=run.eval.every > 0
+        run.data,
+        tokenizer,
+        run.train.seed,
+        wait_for_all,
+        rule=rule,
+        validation_needed=run.eval.every > 0,
+        once=on_first_rank,
+        micro_batch_size=run.train.micro_batch_size,
+        replicas=derived.data_parallel,
     )
     if start is not None:
-        check_goes_on(read_state(start), read_config(start).data, run.data, samples, allowed)
-    return RunData(samples, validation, data_state(rule, samples))
+        state, stream = read_state(start), read_stream(start)
+        before = read_config(start).data
+        check_goes_on(state, before, run.data, samples, validation, allowed, has_stream=stream is not None)
+        restore_stream(samples, stream, state, tokenizer)
+    return RunData(samples, validation, data_state(rule, samples, validation))
 
 
 def _claim(out: Path, run: RunConfig, world: "World") -> None:
@@ -199,6 +213,7 @@ def _train_in_folder(
     if run.checkpoint.at_end and trainer.step not in (first_step, saver.saved_step):
         saver.save(trainer.step, state())
     saver.close()
+    trainer.close()
     trainer.engine.close()
     _report_end(trainer, saver, callbacks, start)
     return trainer.stopped_by

@@ -123,12 +123,19 @@ class DataConfig(Section):
       with streaming."""
 
     streaming: bool = False
-    """Whether documents are tokenized while training instead of once before it. For hub datasets larger than the disk.
-    Every process reads the whole stream and keeps its samples, and a run that goes on reads it from the start again;
-    prepared sources are faster where they fit, and are refused here."""
+    """Whether documents are tokenized while training instead of once before it. For text larger than the disk. One
+    process of each replica reads, and a run that goes on reads nothing twice. Prepared sources are faster where they
+    fit, and are refused here."""
+
+    stream_lanes: int = Field(default=64, gt=0)
+    """Number of readers that a stream is dealt out to. Each has a share of the text and serves every so many-th
+    micro-batch; each replica runs an equal part of them. Read with streaming. Must be a multiple of the number of
+    replicas, now and whenever the run goes on: a checkpoint holds the place of each lane, so the number stays. More
+    lanes hold more files open."""
 
     shuffle_buffer: int = Field(default=1000, ge=0)
-    """Number of documents among which the next one is drawn. Read with streaming. 0: documents in their order."""
+    """Number of documents among which the next one is drawn, shared out over stream_lanes. Read with streaming. 0:
+    each lane takes files and documents in their order."""
 
     cache_dir: str = "~/.cache/skv-dist"
     """Folder for sources once they are tokenized, and for downloads from the hub. A source is tokenized again when its

@@ -180,3 +180,14 @@ def derive(config: RunConfig, world_size: int) -> Derived:
         num_micro_batches=micro_batches,
         tokens_per_step=train.global_batch_size * config.data.sequence_length,
     )
+
+
+def check_lanes(config: RunConfig, derived: Derived) -> None:
+    """Raises UserError where the lanes of a stream cannot be dealt out to the replicas of a training run."""
+    lanes, replicas = config.data.stream_lanes, derived.data_parallel
+    if config.data.streaming and lanes % replicas:
+        raise UserError(
+            f"data.stream_lanes {lanes} cannot be shared out equally over {replicas} data-parallel replicas (processes "
+            f"/ (parallel.tensor {config.parallel.tensor} x parallel.pipeline {config.parallel.pipeline})): set "
+            f"data.stream_lanes to a multiple of {replicas} in a new run, or start a number of processes that fits"
+        )

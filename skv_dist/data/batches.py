@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from skv_dist.data.packing import Sample
+
+T = TypeVar("T")
 
 
 class Samples(Protocol):
@@ -81,15 +83,50 @@ def micro_batches(
     is g = m * replicas + r, so that what a micro-batch holds does not depend on the number of replicas.
     """
     batches = []
-    for local in range(num_micro_batches):
-        index = local * replicas + replica
+    for index in micro_batch_numbers(num_micro_batches, replica, replicas):
         begin = first_sample + index * micro_batch_size
         chosen = [samples[begin + i] for i in range(micro_batch_size)]
         batches.append(collate(index, chosen, reset_attention))
     return batches
 
 
-def prefetched(load: Callable[[int], list[MicroBatch]], begin: int, end: int, ahead: int) -> Iterator[list[MicroBatch]]:
+def micro_batch_numbers(num_micro_batches: int, replica: int, replicas: int) -> list[int]:
+    """Numbers within the global batch of a replica's micro-batches."""
+    return [local * replicas + replica for local in range(num_micro_batches)]
+
+
+def packed(batches: Sequence[MicroBatch]) -> torch.Tensor:
+    """Micro-batches of one shape as one tensor, int32 [planes, n, b, s + 1]: tokens, mask, and documents if any."""
+    tokens = torch.stack([torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1) for batch in batches])
+    planes = torch.zeros(3 if batches[0].documents is not None else 2, *tokens.shape, dtype=torch.int32)
+    planes[0] = tokens
+    for number, batch in enumerate(batches):
+        planes[1, number, :, :-1] = batch.loss_mask
+        if batch.documents is not None:
+            planes[2, number, :, :-1] = batch.documents
+    return planes
+
+
+def unpacked(planes: torch.Tensor, numbers: Sequence[int]) -> list[MicroBatch]:
+    """What `packed` was given.
+
+    Args:
+        numbers: of the micro-batches within the global batch.
+    """
+    tokens = planes[0].long()
+    return [
+        MicroBatch(
+            index=number,
+            tokens=tokens[place, :, :-1].contiguous(),
+            labels=tokens[place, :, 1:].contiguous(),
+            loss_mask=planes[1, place, :, :-1].float(),
+            documents=planes[2, place, :, :-1].long().contiguous() if len(planes) == 3 else None,
+        )
+        for place, number in enumerate(numbers)
+    ]
+
+
+def prefetched(load: Callable[[int], T], begin: int, end: int, ahead: int) -> Iterator[T]:
     """``load(step)`` for each step, up to ``ahead`` steps early on a thread. The order is that of the steps."""
     if ahead == 0:
         yield from map(load, range(begin, end))

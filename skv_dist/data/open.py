@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from skv_dist.config.data import DataConfig, SourceConfig
 from skv_dist.data.batches import Samples
@@ -9,7 +10,8 @@ from skv_dist.data.order import blended
 from skv_dist.data.packing import Sample
 from skv_dist.data.sequences import split_prepared
 from skv_dist.data.split import SplitRule, source_orders
-from skv_dist.data.stream import StreamingSet
+from skv_dist.data.stream import HeldOutStream, StreamSource, TrainingStream
+from skv_dist.data.stream_files import Listing, list_source
 from skv_dist.data.token_set import PreparedSet
 from skv_dist.data.tokenize import prepared_once
 from skv_dist.data.tokenizer import Tokenizer
@@ -31,7 +33,8 @@ class Blend:
         return self._sets[source][position_within]
 
 
-TrainAndValidation = tuple[Blend | StreamingSet, Blend | StreamingSet | None]
+TrainAndValidation = tuple[Blend | TrainingStream, Blend | HeldOutStream | None]
+Once = Callable[[Callable[[], Any]], Any]
 
 
 def open_data(
@@ -42,6 +45,9 @@ def open_data(
     *,
     rule: SplitRule = SplitRule.CONTENT,
     validation_needed: bool = True,
+    once: Once = lambda compute: compute(),
+    micro_batch_size: int = 1,
+    replicas: int = 1,
 ) -> TrainAndValidation:
     """Training and validation samples of a run.
 
@@ -51,12 +57,15 @@ def open_data(
             first, which may take hours: it must neither be a collective nor have a time limit.
         rule: what decides on order and held-out text.
         validation_needed: whether it is an error that the held-out part holds no sequence.
+        once: calls a function on one process and returns its result on all.
+        micro_batch_size: ``train.micro_batch_size``; with `replicas` it says which samples of a stream are read where.
+        replicas: number of them.
 
     Raises:
         UserError: a source cannot be read, is empty or too short, or does not match the tokenizer.
     """
     if config.streaming:
-        return _stream_sources(config, tokenizer, seed)
+        return _stream_sources(config, tokenizer, seed, once, micro_batch_size, replicas)
     sources = [*config.sources, *config.validation_sources]
     folders = [_prepared_folder(source, config, tokenizer) for source in sources]
     if any(source.format != "prepared" for source in sources):
@@ -65,15 +74,50 @@ def open_data(
     return _map_sets(sets, tokenizer, config, seed, rule, validation_needed)
 
 
-def _stream_sources(config: DataConfig, tokenizer: Tokenizer, seed: int) -> TrainAndValidation:
-    def stream(sources: list[SourceConfig], held_out: float, seed: int, *, validation: bool) -> StreamingSet:
-        return StreamingSet(sources, config, tokenizer, seed, validation=validation, fraction=held_out)
-
+def _stream_sources(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, once: Once, micro_batch_size: int, replicas: int
+) -> TrainAndValidation:
+    """Streams; nothing is read before their first sample is asked for."""
+    listed: list[Listing] = once(
+        lambda: [list_source(source, config.cache_dir) for source in (*config.sources, *config.validation_sources)]
+    )
+    lanes, num_sources = config.stream_lanes, len(config.sources)
     fraction = 0.0 if config.validation_sources else config.validation_fraction
-    train = stream(config.sources, fraction, seed, validation=False)
-    if config.validation_sources:
-        return train, stream(config.validation_sources, 0.0, config.split_seed, validation=False)
-    return train, stream(config.sources, fraction, config.split_seed, validation=True) if fraction else None
+    train = [
+        StreamSource(
+            source,
+            listing,
+            config,
+            tokenizer,
+            seed,
+            held_out=None if fraction == 0 else False,
+            in_order=config.shuffle_buffer == 0,
+            num_lanes_here=max(1, lanes // replicas),
+        )
+        for source, listing in zip(config.sources, listed)
+    ]
+    stream = TrainingStream(train, [source.weight for source in config.sources], seed, lanes, micro_batch_size)
+    if fraction == 0 and not config.validation_sources:
+        return stream, None
+    sources = config.validation_sources or config.sources
+    listings = listed[num_sources:] or listed
+
+    def validation() -> list[StreamSource]:
+        return [
+            StreamSource(
+                source,
+                listing,
+                config,
+                tokenizer,
+                config.split_seed,
+                held_out=None if config.validation_sources else True,
+                in_order=True,
+                num_lanes_here=lanes,
+            )
+            for source, listing in zip(sources, listings)
+        ]
+
+    return stream, HeldOutStream(validation, [source.weight for source in sources], config.split_seed, lanes)
 
 
 def _map_sets(

@@ -1,6 +1,7 @@
 """Documents of a source that hold no text: counted, reported, and too many of them refused."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 from skv_dist.errors import UserError
 
@@ -30,14 +31,24 @@ class Skipped:
     def num_skipped(self) -> int:
         return sum(self._reasons.values())
 
-    def skip(self, reason: str, place: str) -> None:
+    def add(self, num_rows: int, reasons: Mapping[str, int]) -> None:
+        """Take over what an earlier part of the run has counted."""
+        self.num_rows += num_rows
+        self._reasons.update(reasons)
+        if reasons:
+            self._first = self._first or "before the run was resumed"
+
+    def skip(self, reason: str, place: object) -> None:
         """Count a document that holds no text.
+
+        Args:
+            place: of the document; it is put into words where it is the first.
 
         Raises:
             UserError: there are too many of them.
         """
         self._reasons[reason] += 1
-        self._first = self._first or place
+        self._first = self._first or str(place)
         hopeless = self.num_rows >= _HOPELESS_FROM and self.num_skipped > self.num_rows / 2
         if hopeless or (self._streaming and self.num_rows >= _CHECKED_FROM):
             self._check()
@@ -57,6 +68,14 @@ class Skipped:
         """
         if self.num_rows == self.num_skipped:
             raise UserError(f"data source '{self._source}' holds no text: {self._described() or 'it is empty'}")
+        return self.report()
+
+    def report(self) -> str | None:
+        """What was skipped so far, in one sentence, or None.
+
+        Raises:
+            UserError: it is too much.
+        """
         self._check()
         described = self._described()
         return f"data source '{self._source}': {described}" if described else None

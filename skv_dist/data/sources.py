@@ -1,6 +1,7 @@
 """Raw documents from local text, JSONL and Parquet files, or from the hub through Hugging Face ``datasets``."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,23 @@ def documents(
     skipped: Skipped,
     *,
     cache_dir: str | None = None,
-    files: Sequence[str] | None = None,
     streaming: bool = False,
-    order: tuple[int, int] | None = None,
 ) -> Iterator[Document]:
     """Every document of a source.
 
     Args:
         skipped: counts the rows that hold none.
-        files: of a local source, in the order in which they are read; all, sorted, where it is None.
         streaming: a hub dataset is not loaded down first.
-        order: seed and epoch that shuffle the files of a hub dataset that is streamed.
 
     Raises:
         UserError: a file, or the hub, cannot be read, or a field holds what it must not; naming file and row.
     """
     of_row = document_of_row(source)
     if source.format == "hub":
-        hub_rows = _hub_rows(source, of_row.fields, cache_dir, streaming, order)
+        hub_rows = _hub_rows(source, of_row.fields, cache_dir, streaming)
         yield from _of_rows(hub_rows, of_row, source.path, skipped)
         return
-    for file in local_files(source) if files is None else files:
+    for file in local_files(source):
         for document in _of_rows(rows(file, source.format, of_row.fields), of_row, file, skipped):
             if source.format == "text" and "\ufffd" in document:
                 skipped.note_replaced(file)
@@ -66,13 +63,7 @@ def _of_rows(numbered: Iterable[Row], of_row: DocumentOfRow, file: str, skipped:
         raise UserError(f"data source '{file}': no row has a field {named}: set {of_row.keys}, or leave the file out")
 
 
-def _hub_rows(
-    source: SourceConfig,
-    fields: Sequence[str],
-    cache_dir: str | None,
-    streaming: bool,
-    order: tuple[int, int] | None,
-) -> Iterator[Row]:
+def _hub_rows(source: SourceConfig, fields: Sequence[str], cache_dir: str | None, streaming: bool) -> Iterator[Row]:
     """The rows of a hub dataset, numbered from 1.
 
     Raises:
@@ -84,18 +75,26 @@ def _hub_rows(
     options: dict[str, Any] = {"split": source.split, "streaming": streaming}
     if cache_dir is not None:
         options["cache_dir"] = str(Path(cache_dir).expanduser())
-    try:
-        dataset = datasets.load_dataset(source.path, source.name, **options)
-        there = [field for field in fields if field in (dataset.column_names or [])]
-        if there:
-            dataset = dataset.select_columns(there)
-        if order is not None:
-            dataset = dataset.shuffle(seed=sum(order), buffer_size=1)
+    with naming_dataset(source.path):
+        dataset = with_columns(datasets.load_dataset(source.path, source.name, **options), fields)
         for number, row in enumerate(dataset, 1):
             yield number, {field: row[field] for field in fields if field in row}
+
+
+def with_columns(dataset: Any, fields: Sequence[str]) -> Any:
+    """The dataset with those of ``fields`` alone that it has; unchanged where it has none of them."""
+    there = [field for field in fields if field in (dataset.column_names or [])]
+    return dataset.select_columns(there) if there else dataset
+
+
+@contextmanager
+def naming_dataset(path: str) -> Iterator[None]:
+    """Whatever goes wrong inside is a `UserError` that names the hub dataset ``path``."""
+    try:
+        yield
     except Exception as error:  # datasets raises a different class for each way this can fail
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = " ".join(str(cause).split()) or type(cause).__name__
-        raise UserError(f"data source '{source.path}' cannot be read from the hub: {reason}") from error
+        raise UserError(f"data source '{path}' cannot be read from the hub: {reason}") from error

@@ -1,147 +1,207 @@
-"""Streaming: raw documents tokenized and packed on the fly, in one sequence that every replica walks alike.
+"""Streaming: raw documents tokenized while training, by a fixed number of lanes.
 
-Each process reads the whole stream and keeps its own samples. That costs tokenizing once per process, and buys an
-order that does not depend on the number of replicas. For large runs, prepare the data instead.
+A lane (`skv_dist.data.lane`) is a reader with a share of the text, and serves every ``stream_lanes``-th micro-batch.
+Lanes are dealt out to the replicas, so another number of replicas changes who reads, not what is read; and the place
+of each lane is a part of the checkpoint, so that a run that goes on reads nothing twice and leaves nothing out.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from skv_dist.config.data import DataConfig, SourceConfig
-from skv_dist.data.examples import encode_document, text_hash
-from skv_dist.data.local_files import local_files
-from skv_dist.data.order import blended, shuffled
+from skv_dist.data.lane import Lane, LaneReader, LaneSettings
+from skv_dist.data.lane_state import LaneState, StreamOnDisk
+from skv_dist.data.order import blended
 from skv_dist.data.packing import Sample
+from skv_dist.data.row_documents import document_of_row
 from skv_dist.data.skipped import Skipped
-from skv_dist.data.sources import documents
-from skv_dist.data.split import is_held_out
+from skv_dist.data.stream_files import Listing, StreamFiles
 from skv_dist.data.tokenizer import Tokenizer
-from skv_dist.errors import UserError
+
+LaneStates = Mapping[tuple[int, int], LaneState]  # by source and lane
 
 
-def _endless_documents(
-    source: SourceConfig, config: DataConfig, seed: int, keep: Callable[[str], bool]
-) -> Iterator[str]:
-    """Documents for which ``keep(text)``, over and over; shuffled anew within a buffer each epoch."""
-    epoch = 0
-    while True:
-        skipped = Skipped(source.path, config.max_skipped, streaming=True)
-        num_kept = 0
-        for text in _in_buffer(_one_epoch(source, config, seed, epoch, skipped), config.shuffle_buffer, seed, epoch):
-            if keep(text):
-                num_kept += 1
-                yield text
-        report = skipped.finish()
-        if report and epoch == 0 and os.environ.get("RANK", "0") == "0":
-            print(report, flush=True)
-        if not num_kept:
-            raise UserError(
-                f"data source '{source.path}': an epoch has no document for this part: "
-                "check its content and data.validation_fraction"
-            )
-        epoch += 1
-
-
-def _one_epoch(source: SourceConfig, config: DataConfig, seed: int, epoch: int, skipped: Skipped) -> Iterator[Any]:
-    """All texts once; files in a new order each epoch, unless documents keep their order."""
-    order = (seed, epoch) if config.shuffle_buffer else None
-    if source.format == "hub":
-        return documents(source, skipped, cache_dir=config.cache_dir, streaming=True, order=order)
-    files = local_files(source)
-    if order is not None:
-        files = [files[shuffled(i, len(files), seed, "files", epoch)] for i in range(len(files))]
-    return documents(source, skipped, files=files)
-
-
-def _in_buffer(texts: Iterator[str], size: int, seed: int, epoch: int) -> Iterator[str]:
-    """The texts, each drawn among ``size`` that wait."""
-    if size == 0:
-        yield from texts
-        return
-    waiting: list[str] = []
-    for number, text in enumerate(texts):
-        if len(waiting) < size:
-            waiting.append(text)
-            continue
-        block, within = divmod(number, size)
-        place = shuffled(within, size, seed, f"buffer/{block}", epoch)
-        yield waiting[place]
-        waiting[place] = text
-    for place in range(len(waiting)):
-        yield waiting[shuffled(place, len(waiting), seed, "buffer/end", epoch)]
-
-
-def _packed(texts: Iterator[str], tokenizer: Tokenizer, length: int) -> Iterator[Sample]:
-    tokens = np.empty(0, dtype=np.int64)
-    labels = np.empty(0, dtype=np.int64)
-    for number, text in enumerate(texts):
-        ids = encode_document(tokenizer, text).ids
-        tokens = np.concatenate([tokens, ids])
-        labels = np.concatenate([labels, np.full(len(ids), number, dtype=np.int64)])
-        begin = 0
-        while len(tokens) - begin > length:
-            window = slice(begin, begin + length + 1)
-            yield Sample(tokens[window], labels[window] - labels[begin])
-            begin += length
-        tokens, labels = tokens[begin:], labels[begin:]
-
-
-class StreamingSet:
-    """Samples by position, reading forward; a position may be asked for again only while nothing later was.
+class StreamSource:
+    """The lanes of one source in this process.
 
     Args:
-        validation: take the held-out documents of the sources instead of the others.
-        fraction: share of documents held out.
-
-    Attributes:
-        contents: empty: nobody has read the stream to its end.
+        config: the section; ``sources`` of it are not looked at.
+        seed: of the order of files and documents.
+        held_out: whether the documents that are held out are taken, or the others; None: all.
+        in_order: whether documents come in their order.
+        num_lanes_here: lanes that this process reads.
     """
 
     def __init__(
         self,
-        sources: list[SourceConfig],
+        source: SourceConfig,
+        listing: Listing,
         config: DataConfig,
         tokenizer: Tokenizer,
         seed: int,
         *,
-        validation: bool,
-        fraction: float,
+        held_out: bool | None,
+        in_order: bool,
+        num_lanes_here: int,
     ) -> None:
-        self.contents: list[str] = []
-        self._weights = [source.weight for source in sources]
-        self._seed = seed
-        self._make = [self._maker(source, config, tokenizer, seed, validation, fraction) for source in sources]
-        self._streams: list[Iterator[Sample]] = []
+        self.path, self.content = source.path, listing.content
+        lanes = config.stream_lanes
+        block = 0 if in_order else max(1, config.shuffle_buffer // lanes)
+        of_row = document_of_row(source)
+        self._reader = LaneReader(
+            StreamFiles(source, listing, of_row.fields, config.cache_dir),
+            of_row,
+            tokenizer,
+            Skipped(source.path, config.max_skipped, streaming=True),
+            LaneSettings(
+                path=source.path,
+                lanes=lanes,
+                seed=seed,
+                block=block,
+                sequence_length=config.sequence_length,
+                held_out=held_out,
+                fraction=config.validation_fraction,
+                split_seed=config.split_seed,
+            ),
+            self._note_epoch,
+        )
+        self._lanes: dict[int, Lane] = {}
+        self._num_lanes_here = num_lanes_here
+        self._ended: set[int] = set()  # lanes that have come to the end of their share
+        identity = [listing.content, seed, lanes, block, *of_row.fields]
+        self.order = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+
+    def take(self, lane: int, start: LaneState) -> Sample:
+        """The next sample of a lane, which goes on from ``start`` where it has not begun yet."""
+        if lane not in self._lanes:
+            self._lanes[lane] = Lane(self._reader, lane, start)
+        return self._lanes[lane].take()
+
+    @property
+    def states(self) -> dict[int, LaneState]:
+        """Of the lanes that have begun here."""
+        return {number: lane.state for number, lane in self._lanes.items()}
+
+    def _note_epoch(self, lane: int, epoch: int) -> None:
+        """Once all lanes of this process are through, what was skipped can be judged, and is said once."""
+        self._ended.add(lane)
+        if epoch != 1 or len(self._ended) != self._num_lanes_here:
+            return
+        report = self._reader.skipped.report()
+        if report and os.environ.get("RANK", "0") == "0":
+            print(report, flush=True)
+
+
+class TrainingStream:
+    """The samples of a run by their positions, which are asked for in ascending order.
+
+    Args:
+        micro_batch_size: ``train.micro_batch_size``.
+
+    Attributes:
+        contents: what tells the files of each source from other files (`Listing.content`).
+    """
+
+    def __init__(
+        self, sources: Sequence[StreamSource], weights: Sequence[float], seed: int, lanes: int, micro_batch_size: int
+    ) -> None:
+        self.contents = [source.content for source in sources]
+        self._sources, self._weights, self._seed = sources, weights, seed
+        self._lanes, self._micro_batch_size = lanes, micro_batch_size
+        self._first_position = self._first_lane = 0
+        self._started: dict[tuple[int, int], LaneState] = {}
+
+    def __getitem__(self, position: int) -> Sample:
+        """Raises UserError where the text cannot be read."""
+        lane = self._lane_of(position)
+        source, _ = blended(position, self._weights, self._seed)
+        return self._sources[source].take(lane, self._started.get((source, lane), LaneState()))
+
+    def _lane_of(self, position: int) -> int:
+        """Whole micro-batches take turns at the lanes, so that a lane is read by one replica alone."""
+        return (self._first_lane + (position - self._first_position) // self._micro_batch_size) % self._lanes
+
+    def restore(self, state: StreamOnDisk | None, position: int, *, keep_tokens: bool = True) -> list[str]:
+        """Go on at sample ``position`` where ``state`` was taken.
+
+        Args:
+            state: None: all text is read from its beginning.
+            keep_tokens: whether the tokens that are left of cut documents are those of today's tokenizer; else these
+                documents lose their rest.
+
+        Returns:
+            The paths of sources that are read from their beginning, as they are not those of ``state`` or come in
+            another order.
+        """
+        self._first_position, self._first_lane = position, 0
+        if state is not None and state.lanes == self._lanes:
+            self._first_lane = state.next_lane % self._lanes
+        anew = []
+        for number, source in enumerate(self._sources):
+            before = state.sources[number] if state is not None and number < len(state.sources) else None
+            if before is None or before.order != source.order:
+                anew.append(source.path)
+                continue
+            for lane, on_disk in before.lanes.items():
+                values = on_disk if keep_tokens else on_disk.model_copy(update={"remaining": ""})
+                self._started[number, int(lane)] = values.state()
+        return anew
+
+    def states(self) -> LaneStates:
+        """Where the lanes are that this process has read, behind the samples that were asked for."""
+        return {
+            (number, lane): state
+            for number, source in enumerate(self._sources)
+            for lane, state in source.states.items()
+        }
+
+    def on_disk(self, position: int, of_processes: Sequence[LaneStates]) -> dict[str, Any]:
+        """What a checkpoint keeps, behind sample ``position``.
+
+        Args:
+            of_processes: `states` of all processes that read. Lanes that none of them has read are where they were.
+        """
+        states = dict(self._started)
+        for of_process in of_processes:
+            states.update(of_process)
+        sources = [
+            {
+                "order": source.order,
+                "lanes": {str(lane): states[of, lane].to_json() for of, lane in sorted(states) if of == number},
+            }
+            for number, source in enumerate(self._sources)
+        ]
+        lane = self._lane_of(position)
+        return {"format": 1, "lanes": self._lanes, "position": position, "next_lane": lane, "sources": sources}
+
+
+class HeldOutStream:
+    """The first held-out samples, which every reader walks alike; a position behind the last begins anew.
+
+    Position p is served by lane p mod ``stream_lanes``: what is evaluated on comes from all over the text, and depends
+    neither on the number of replicas nor on the size of micro-batches.
+    """
+
+    def __init__(
+        self, make: Callable[[], Sequence[StreamSource]], weights: Sequence[float], seed: int, lanes: int
+    ) -> None:
+        self._make, self._sources = make, make()
+        self.contents = [source.content for source in self._sources]
+        self._weights, self._seed, self._lanes = weights, seed, lanes
         self._next = 0
         self._last: Sample | None = None
 
-    @staticmethod
-    def _maker(
-        source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, seed: int, validation: bool, fraction: float
-    ) -> Callable[[], Iterator[Sample]]:
-        def keep(text: str) -> bool:
-            if fraction == 0:
-                return not validation
-            hashes = np.array([text_hash(text)], dtype=np.uint64)
-            return bool(is_held_out(hashes, fraction, config.split_seed)[0]) == validation
-
-        def make() -> Iterator[Sample]:
-            return _packed(_endless_documents(source, config, seed, keep), tokenizer, config.sequence_length)
-
-        return make
-
     def __getitem__(self, position: int) -> Sample:
+        """Raises UserError where the text cannot be read, or nothing of it is held out."""
         if self._last is not None and position == self._next - 1:
             return self._last
-        if not self._streams or position < self._next:
-            self._streams = [make() for make in self._make]  # from the start: the only way back in a stream
-            self._next = 0
+        if position < self._next:
+            self._sources, self._next = self._make(), 0
         while self._next <= position:
             source, _ = blended(self._next, self._weights, self._seed)
-            self._last = next(self._streams[source])
+            self._last = self._sources[source].take(self._next % self._lanes, LaneState())
             self._next += 1
         assert self._last is not None
         return self._last

@@ -1,12 +1,14 @@
 """Retention sweep: the loss under each deployment map, on the same samples."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from skv_dist.config.run import RunConfig
-from skv_dist.data.batches import MicroBatch, Samples, micro_batches
+from skv_dist.data.batches import MicroBatch, Samples, micro_batch_numbers, micro_batches
+from skv_dist.data.stream import HeldOutStream
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.groups import World
 from skv_dist.parallel.run_batch import count_predictions, run_batch
+from skv_dist.parallel.shared_reading import SharedReading
 from skv_dist.routing import RoutePlan
 
 
@@ -18,16 +20,34 @@ def retention_plans(run: RunConfig) -> dict[str, RoutePlan]:
 def evaluation_batches(run: RunConfig, world: World, samples: Samples, first: int = 0) -> list[MicroBatch]:
     """This replica's part of the ``eval.samples`` samples from ``first`` on.
 
-    Micro-batches are filled up with samples that do not count, so that the result does not depend on the layout.
+    Micro-batches are filled up with samples that do not count, so that the result does not depend on the layout. Of a
+    stream one rank of each replica reads: collective then.
+
+    Raises:
+        UserError: they cannot be read.
     """
     size, replicas = run.train.micro_batch_size, world.data_size
     rounds = -(-run.eval.samples // (size * replicas))
     if run.parallel.virtual_pipeline > 1:  # the interleaved schedule takes a multiple of its stages
         rounds = -(-rounds // run.parallel.pipeline) * run.parallel.pipeline
-    batches = micro_batches(samples, first, rounds, size, world.data_rank, replicas, run.data.reset_attention)
+
+    def read() -> list[MicroBatch]:
+        return micro_batches(samples, first, rounds, size, world.data_rank, replicas, run.data.reset_attention)
+
+    batches = _shared(read, run, world, rounds) if isinstance(samples, HeldOutStream) else read()
     for batch in batches:
         batch.loss_mask[max(0, run.eval.samples - batch.index * size) :] = 0
     return [batch.to(world.device) for batch in batches]
+
+
+def _shared(read: Callable[[], list[MicroBatch]], run: RunConfig, world: World, rounds: int) -> list[MicroBatch]:
+    numbers = micro_batch_numbers(rounds, world.data_rank, world.data_size)
+    size = (run.train.micro_batch_size, run.data.sequence_length)
+    shared = SharedReading()
+    try:
+        return shared.share(read, numbers, size, documents=run.data.reset_attention)
+    finally:
+        shared.close()
 
 
 def sweep(

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from skv_dist.config.run import Derived, RunConfig
-from skv_dist.data.batches import MicroBatch, Samples, micro_batches, prefetched
+from skv_dist.data.batches import Samples
+from skv_dist.data.stream import TrainingStream
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.groups import World, seed_dropout
 from skv_dist.parallel.run_batch import Work, count_predictions, run_batch
@@ -18,6 +19,7 @@ from skv_dist.parallel.teacher import Teacher
 from skv_dist.routing.draw import DrawKey
 from skv_dist.training.callbacks import Callback, Metrics
 from skv_dist.training.guard import Guard
+from skv_dist.training.reading import OwnReading, Reading, StreamReading
 from skv_dist.training.schedule import lr_at
 from skv_dist.training.stop import BY_WEIGHT, StopRequest
 from skv_dist.training.throughput import flops_per_token, peak_flops, peak_memory_bytes
@@ -53,8 +55,12 @@ class Trainer:
         teacher: Teacher | None = None,
     ) -> None:
         self.run, self.derived, self.world, self.engine = run, derived, world, engine
-        self.samples = samples
         self._teacher = teacher
+        self._reading: Reading
+        if isinstance(samples, TrainingStream):
+            self._reading = StreamReading(run, derived, world, samples)
+        else:
+            self._reading = OwnReading(run, derived, world, samples)
         self.step = 0  # steps behind us
         self._began = (0, 0)  # the step and sample from which the batch size is that of today
         self.policy = run.policy()
@@ -65,8 +71,18 @@ class Trainer:
         self._mfu_per_token_rate = flops / (peak * world.size) if peak else None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the run beside weights and optimizer state. All else follows from the step."""
-        return {"step": self.step, "samples": self._samples_before(self.step), "guard": self.guard.state()}
+        """What a checkpoint keeps of the run beside weights and optimizer state. All else follows from the step.
+
+        Collective. Where a stream is, the first rank alone knows.
+        """
+        position = self._samples_before(self.step)
+        state = {"step": self.step, "samples": position, "guard": self.guard.state()}
+        stream = self._reading.stream_state(self.step, position)
+        return state if stream is None else {**state, "stream": stream}
+
+    def close(self) -> None:
+        """Let go of what the reading of data holds."""
+        self._reading.close()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
@@ -117,21 +133,8 @@ class Trainer:
 
     def _work(self) -> Iterator[list[Work]]:
         """For each step this replica's micro-batches, on the device, and their route plans."""
-        train, data, device = self.run.train, self.run.data, self.world.device
-
-        def load(step: int) -> list[MicroBatch]:
-            batches = micro_batches(
-                self.samples,
-                self._samples_before(step),
-                self.derived.num_micro_batches,
-                train.micro_batch_size,
-                self.world.data_rank,
-                self.world.data_size,
-                data.reset_attention,
-            )
-            return [batch.pinned() for batch in batches] if device.type == "cuda" else batches
-
-        loaded = prefetched(load, self.step, train.steps, data.prefetch_steps)
+        train, device = self.run.train, self.world.device
+        loaded = self._reading.steps(self.step, train.steps, self._samples_before)
         for step, batches in enumerate(loaded, self.step):
             keys = (DrawKey(train.seed, step, batch.index) for batch in batches)
             yield [(batch.to(device), self.policy.plan(key)) for batch, key in zip(batches, keys)]
