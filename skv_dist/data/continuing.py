@@ -45,13 +45,14 @@ def check_goes_on(
     Raises:
         UserError: sequences have another length, a source says something else, or a stream cannot go on.
     """
-    if before.sequence_length != now.sequence_length and state["step"] > 0:
+    goes_on_streaming = before.streaming and now.streaming
+    if before.sequence_length != now.sequence_length and state["step"] > 0 and not goes_on_streaming:
         raise UserError(
             f"data.sequence_length was {before.sequence_length} and is {now.sequence_length}: sequences of another "
             "length are cut and shuffled anew, so which text the run has read would be lost; begin a new run with the "
             "weights of the checkpoint by checkpoint.init_from and another train.output_dir"
         )
-    if before.streaming and now.streaming and not has_stream and "data.stream_lanes" not in allow_changed:
+    if goes_on_streaming and not has_stream and "data.stream_lanes" not in allow_changed:
         raise UserError(
             "the checkpoint does not say how far its stream was read, as it is of an earlier version: set "
             "checkpoint.allow_changed=[data.stream_lanes] to read the text from its beginning again, in a new order, "

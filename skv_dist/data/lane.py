@@ -118,7 +118,7 @@ class LaneReader:
                 yield row.cursor, text
         if cursor is None and num_rows == 0 and part.is_whole:
             self.skipped.note_empty_file(part.file)
-        elif cursor is None and num_rows and num_missing == num_rows:
+        elif part.is_whole and cursor is None and num_rows and num_missing == num_rows:
             named = " or ".join(f"'{name}'" for name in self._of_row.fields)
             raise UserError(
                 f"data source '{part.file}': no row has a field {named}: set {self._of_row.keys}, or leave the file out"
@@ -137,6 +137,8 @@ class LaneReader:
         except UserError as error:
             raise UserError(f"data source '{part.file}': row {row.number}: {error}") from error
         assert isinstance(text, str)  # examples are not streamed
+        if self._files.are_texts and "\ufffd" in text:
+            self.skipped.note_replaced(part.file)
         return text, False
 
     def _wanted(self, text: str) -> bool:
@@ -167,6 +169,8 @@ class Lane:
     @property
     def state(self) -> LaneState:
         """Behind the samples that were taken."""
+        if self._waiting is not None and self._taken >= len(self._waiting):  # the block need not be read again
+            return replace(self._behind, taken=0, remaining=self._remaining)
         return replace(self._at, taken=self._taken, remaining=self._remaining)
 
     def take(self) -> Sample:

@@ -15,6 +15,7 @@ from skv_dist.data.stream_files import Listing, list_source
 from skv_dist.data.token_set import PreparedSet
 from skv_dist.data.tokenize import prepared_once
 from skv_dist.data.tokenizer import Tokenizer
+from skv_dist.errors import UserError
 
 
 class Blend:
@@ -82,6 +83,13 @@ def _stream_sources(
         lambda: [list_source(source, config.cache_dir) for source in (*config.sources, *config.validation_sources)]
     )
     lanes, num_sources = config.stream_lanes, len(config.sources)
+    for source, listing in zip(config.sources, listed):
+        if source.format == "text" and len(listing.names) < lanes:
+            raise UserError(
+                f"data source '{source.path}' has {len(listing.names)} files, each of them one document, for "
+                f"data.stream_lanes {lanes}, which would read them several times over: set data.stream_lanes to "
+                f"{len(listing.names)} or less, or data.streaming to false"
+            )
     fraction = 0.0 if config.validation_sources else config.validation_fraction
     train = [
         StreamSource(
@@ -91,7 +99,8 @@ def _stream_sources(
             tokenizer,
             seed,
             held_out=None if fraction == 0 else False,
-            in_order=config.shuffle_buffer == 0,
+            lanes=lanes,
+            block=max(1, config.shuffle_buffer // lanes) if config.shuffle_buffer else 0,
             num_lanes_here=max(1, lanes // replicas),
         )
         for source, listing in zip(config.sources, listed)
@@ -111,13 +120,14 @@ def _stream_sources(
                 tokenizer,
                 config.split_seed,
                 held_out=None if config.validation_sources else True,
-                in_order=True,
-                num_lanes_here=lanes,
+                lanes=1,
+                block=1,  # files come in another order, and a sample needs no document but its own
+                num_lanes_here=1,
             )
             for source, listing in zip(sources, listings)
         ]
 
-    return stream, HeldOutStream(validation, [source.weight for source in sources], config.split_seed, lanes)
+    return stream, HeldOutStream(validation, [source.weight for source in sources], config.split_seed)
 
 
 def _map_sets(

@@ -30,7 +30,8 @@ class StreamSource:
         config: the section; ``sources`` of it are not looked at.
         seed: of the order of files and documents.
         held_out: whether the documents that are held out are taken, or the others; None: all.
-        in_order: whether documents come in their order.
+        lanes: that it is dealt out to.
+        block: documents of a lane among which the next one is drawn; 0: files and documents come in their order.
         num_lanes_here: lanes that this process reads.
     """
 
@@ -43,12 +44,11 @@ class StreamSource:
         seed: int,
         *,
         held_out: bool | None,
-        in_order: bool,
+        lanes: int,
+        block: int,
         num_lanes_here: int,
     ) -> None:
         self.path, self.content = source.path, listing.content
-        lanes = config.stream_lanes
-        block = 0 if in_order else max(1, config.shuffle_buffer // lanes)
         of_row = document_of_row(source)
         self._reader = LaneReader(
             StreamFiles(source, listing, of_row.fields, config.cache_dir),
@@ -180,16 +180,13 @@ class TrainingStream:
 class HeldOutStream:
     """The first held-out samples, which every reader walks alike; a position behind the last begins anew.
 
-    Position p is served by lane p mod ``stream_lanes``: what is evaluated on comes from all over the text, and depends
-    neither on the number of replicas nor on the size of micro-batches.
+    One lane reads each source, so that no text is evaluated on twice before all of it was.
     """
 
-    def __init__(
-        self, make: Callable[[], Sequence[StreamSource]], weights: Sequence[float], seed: int, lanes: int
-    ) -> None:
+    def __init__(self, make: Callable[[], Sequence[StreamSource]], weights: Sequence[float], seed: int) -> None:
         self._make, self._sources = make, make()
         self.contents = [source.content for source in self._sources]
-        self._weights, self._seed, self._lanes = weights, seed, lanes
+        self._weights, self._seed = weights, seed
         self._next = 0
         self._last: Sample | None = None
 
@@ -201,7 +198,7 @@ class HeldOutStream:
             self._sources, self._next = self._make(), 0
         while self._next <= position:
             source, _ = blended(self._next, self._weights, self._seed)
-            self._last = self._sources[source].take(self._next % self._lanes, LaneState())
+            self._last = self._sources[source].take(0, LaneState())
             self._next += 1
         assert self._last is not None
         return self._last

@@ -105,11 +105,15 @@ class StreamFiles:
 
     Args:
         fields: of the rows that are read.
+
+    Attributes:
+        are_texts: whether each file is one text.
     """
 
     def __init__(self, source: SourceConfig, listing: Listing, fields: Sequence[str], cache_dir: str) -> None:
         self._source, self._fields, self._cache_dir = source, fields, cache_dir
         self._names, self._sizes = listing.names, np.asarray(listing.sizes, dtype=np.int64)
+        self.are_texts = source.format == "text"
 
     def shares(self, epoch: int, lanes: int, seed: int | None) -> "Shares":
         """How the files are dealt out in an epoch; in their order where ``seed`` is None."""

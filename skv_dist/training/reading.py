@@ -90,7 +90,7 @@ class StreamReading:
             yield batches if self._shared.reads else _pinned(batches, self._world)
 
     def stream_state(self, step: int, position: int) -> dict[str, Any] | None:
-        of_readers = self._shared.gathered(self._behind.get(step))
+        of_readers = self._shared.gathered(self._behind[step] if self._shared.reads else None)
         self._behind = {later: states for later, states in self._behind.items() if later >= step}
         return self._stream.on_disk(position, of_readers) if self._world.is_first else None
 

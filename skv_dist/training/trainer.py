@@ -62,7 +62,8 @@ class Trainer:
         else:
             self._reading = OwnReading(run, derived, world, samples)
         self.step = 0  # steps behind us
-        self._began = (0, 0)  # the step and sample from which the batch size is that of today
+        # The step, sample and token from which the size of batches and sequences is that of today.
+        self._began = (0, 0, 0)
         self.policy = run.policy()
         self.guard = Guard(run.train)
         self.stopped_by: signal.Signals | None = None
@@ -76,7 +77,8 @@ class Trainer:
         Collective. Where a stream is, the first rank alone knows.
         """
         position = self._samples_before(self.step)
-        state = {"step": self.step, "samples": position, "guard": self.guard.state()}
+        tokens = self._tokens_before(self.step)
+        state = {"step": self.step, "samples": position, "tokens": tokens, "guard": self.guard.state()}
         stream = self._reading.stream_state(self.step, position)
         return state if stream is None else {**state, "stream": stream}
 
@@ -87,13 +89,19 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         self.step = state["step"]
-        self._began = (state["step"], state["samples"])
+        # Before tokens were noted, sequences kept their length.
+        tokens = state.get("tokens", state["samples"] * self.run.data.sequence_length)
+        self._began = (state["step"], state["samples"], tokens)
         self.guard.restore(state["guard"])
 
     def _samples_before(self, step: int) -> int:
         """How many samples the steps before this one read, with whichever batch size each part of the run had."""
-        first_step, first_sample = self._began
+        first_step, first_sample, _ = self._began
         return first_sample + (step - first_step) * self.run.train.global_batch_size
+
+    def _tokens_before(self, step: int) -> int:
+        _, first_sample, first_token = self._began
+        return first_token + (self._samples_before(step) - first_sample) * self.run.data.sequence_length
 
     def fit(self, callbacks: Sequence[Callback] = (), stop: StopRequest | None = None) -> None:
         """Train to the end, or until a signal: then `stopped_by` names it and the step in progress is finished.
@@ -180,7 +188,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "lr": launched.lr,
             "skipped": self.guard.skipped,
-            "tokens": self._samples_before(self.step) * self.run.data.sequence_length,
+            "tokens": self._tokens_before(self.step),
         }
         if divergence:
             (metrics["teacher_kl"],) = divergence

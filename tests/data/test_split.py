@@ -183,14 +183,18 @@ def _document_held_out(folder: Path, seed: int) -> bool:
 def test_a_run_goes_on_with_the_same_text_only(folder: Path, tmp_path: Path) -> None:
     config = _config()
     train, _ = _open(folder / "set")
-    state = {"step": 5, "data": data_state(SplitRule.CONTENT, train)}
-    check_goes_on(state, config, config, _open(folder / "elsewhere" / "set2")[0], [])
-    check_goes_on({"step": 5}, config, config, train, [])  # of an earlier version: nothing was noted
+    state = {"step": 5, "data": data_state(SplitRule.CONTENT, train, None)}
+
+    def check(state: dict[str, Any], now: DataConfig, samples: Any, allowed: list[str]) -> None:
+        check_goes_on(state, config, now, samples, None, allowed, has_stream=False)
+
+    check(state, config, _open(folder / "elsewhere" / "set2")[0], [])
+    check({"step": 5}, config, train, [])  # of an earlier version: nothing was noted
     prepare([_write(tmp_path / "raw", 60)], ByteTokenizer(), tmp_path / "less", progress=False)
     less, _ = _open(tmp_path / "less")
     with pytest.raises(UserError, match="content of data source 'a' has changed"):
-        check_goes_on(state, config, config, less, [])
-    check_goes_on(state, config, config, less, ["data.sources"])
+        check(state, config, less, [])
+    check(state, config, less, ["data.sources"])
     longer = config.model_copy(update={"sequence_length": 64})
     with pytest.raises(UserError, match=r"data\.sequence_length was 32 and is 64.*checkpoint\.init_from"):
-        check_goes_on(state, config, longer, train, ["data.sequence_length"])
+        check(state, longer, train, ["data.sequence_length"])

@@ -42,7 +42,7 @@ def positions_read(settings: dict[str, Any], state: dict[str, Any]) -> tuple[lis
 
 def test_another_batch_size_repeats_and_skips_nothing(workers: Any) -> None:
     settings = config(train={"steps": 5, "global_batch_size": 4})
-    read, tokens, state = workers(1)(positions_read, settings, {"step": 3, "samples": 24})[0]
+    read, tokens, state = workers(1)(positions_read, settings, {"step": 3, "samples": 24, "tokens": 24 * SEQUENCE})[0]
     assert read == list(range(24, 32))
     assert tokens == [28 * SEQUENCE, 32 * SEQUENCE]
     assert (state["step"], state["samples"]) == (5, 32)
