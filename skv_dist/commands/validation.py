@@ -19,11 +19,12 @@ def validation_samples(checkpoint: Path, run: RunConfig) -> "Samples | None":
     from skv_dist.checkpoint.travelling import tokenizer_of
     from skv_dist.data.open import open_data
     from skv_dist.data.split import rule_of
+    from skv_dist.parallel.processes.agree import on_first_rank
     from skv_dist.parallel.processes.rendezvous import wait_for_all
 
     tokenizer = tokenizer_of(checkpoint, run.data.tokenizer)
     rule = rule_of(read_state(checkpoint), run.data, run.checkpoint.allow_changed)
-    _, validation = open_data(run.data, tokenizer, run.train.seed, wait_for_all, rule=rule)
+    _, validation = open_data(run.data, tokenizer, run.train.seed, wait_for_all, rule=rule, once=on_first_rank)
     return validation
 
 

@@ -36,7 +36,14 @@ class SharedReading:
         if dist.get_world_size() > 1:
             self._everybody = dist.new_group(backend="gloo", timeout=_PATIENCE)
         if len(replica) > 1:
-            self._replica = dist.new_group(replica, backend="gloo", timeout=_PATIENCE, use_local_synchronization=True)
+            # Made by all ranks for all replicas: torch names a group that its members alone make after their ranks, and
+            # a second one of that name would read where the first had listened.
+            everybody: list[list[int]] = [[]] * dist.get_world_size()
+            dist.all_gather_object(everybody, replica, group=self._everybody)
+            for ranks in sorted({tuple(each) for each in everybody}):
+                group = dist.new_group(ranks, backend="gloo", timeout=_PATIENCE)
+                if dist.get_rank() in ranks:
+                    self._replica = group
 
     def share(
         self, read: Callable[[], list[MicroBatch]], numbers: list[int], size: tuple[int, int], *, documents: bool

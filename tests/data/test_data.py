@@ -57,9 +57,8 @@ def _open(config: DataConfig) -> tuple[object, object]:
     return open_data(config, ByteTokenizer(), 1, lambda: None)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_replicas_share_the_samples_of_one_process(tmp_path: Path, streaming: bool) -> None:
-    config = _data(tmp_path, _source(tmp_path), streaming=streaming)
+def test_replicas_share_the_samples_of_one_process(tmp_path: Path) -> None:
+    config = _data(tmp_path, _source(tmp_path))
 
     def read(replicas: int) -> dict[int, np.ndarray]:
         found = {}
