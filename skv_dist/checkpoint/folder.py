@@ -36,6 +36,7 @@ STATE = "state.json"
 STREAM = "stream.json"
 CONFIG = "config.yaml"
 LATEST = "latest"
+BEST = "best"
 SUPERSEDED = "superseded"
 # What megatron.core.dist_checkpointing looks for in a folder of this format.
 _MEGATRON = {
@@ -184,16 +185,38 @@ def _delete(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
+def set_best(root: Path, step: int | None) -> None:
+    """Have ``best`` name the checkpoint of a step, if it is there; else there is no ``best``."""
+    folder = None if step is None else folder_of(root, step)
+    if folder is not None and folder.is_dir():
+        replace_text(root / BEST, folder.name + "\n")
+    else:
+        (root / BEST).unlink(missing_ok=True)
+
+
+def followed(path: Path) -> Path:
+    """The checkpoint that the file ``latest`` or ``best`` of a run names; any other path as it is."""
+    if path.name not in (LATEST, BEST) or not path.is_file():
+        return path
+    try:
+        name = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return path
+    return path.parent / name if re.fullmatch(r"step_\d+", name) else path
+
+
 def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[Path]:
-    """Delete all but the newest ``keep_last`` and those whose step ``keep_every`` divides; return the deleted folders.
+    """Delete all but the newest ``keep_last``, those whose step ``keep_every`` divides, and the one that ``best``
+    names; return the deleted folders.
 
     ``keep_last`` None keeps everything.
     """
     if keep_last is None:
         return []
     deleted = []
+    best = followed(root / BEST)
     for folder in existing(root)[keep_last:]:
-        if keep_every is None or step_of(folder) % keep_every:
+        if folder != best and (keep_every is None or step_of(folder) % keep_every):
             _delete(folder)
             deleted.append(folder)
     return deleted

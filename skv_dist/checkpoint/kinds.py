@@ -10,11 +10,13 @@ _PREPARED = ("meta.json", "tokens.bin")
 
 
 def checkpoint_at(path: Path) -> Path:
-    """``path`` if it is a checkpoint; of a run, or of its folder of checkpoints, the newest.
+    """``path`` if it is a checkpoint, or the one that it names (``RUN/checkpoints/best``); of a run, or of its folder
+    of checkpoints, the newest.
 
     Raises:
         UserError: it is neither; saying what it is, and what to do.
     """
+    path = files.followed(path)
     if (path / files.MANIFEST).is_file():
         return path
     for root in (path / "checkpoints", path):

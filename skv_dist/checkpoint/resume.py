@@ -126,7 +126,7 @@ def checked_teacher(run: RunConfig, fingerprints: Collection[str]) -> Path | Non
 
 
 def _checked(key: str, named: str, run: RunConfig, fingerprints: Collection[str]) -> Path:
-    folder = Path(named).expanduser()
+    folder = files.followed(Path(named).expanduser())
     _refuse_other_kinds(key, folder)
     verify_everywhere(folder)
     check_same_model(key, run, folder, fingerprints)

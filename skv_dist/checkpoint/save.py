@@ -104,7 +104,7 @@ class Saver:
         if error is None:
             self.saved_step = step
         if self._rank == 0:
-            self._report(step, folder)
+            self._report(step, folder, state)
 
     def _begin(self, folder: Path, state: dict[str, Any]) -> None:
         if self._rank == 0:
@@ -126,7 +126,7 @@ class Saver:
             manifest.update({path.relative_to(unfinished).as_posix(): files.digest(path) for path in others})
             files.publish(folder, manifest)
 
-    def _report(self, step: int, folder: Path) -> None:
+    def _report(self, step: int, folder: Path, state: dict[str, Any]) -> None:
         if self.failure is not None:
             shutil.rmtree(unfinished_path(folder), ignore_errors=True)
             with contextlib.suppress(OSError):
@@ -135,6 +135,8 @@ class Saver:
             return
         print(f"saved {folder}", flush=True)
         try:
+            if (state.get("best") or {}).get("step") == step:
+                files.set_best(self._root, step)
             files.prune(self._root, self._run.checkpoint.keep_last, self._run.checkpoint.keep_every)
         except (OSError, UserError) as problem:
             print(f"old checkpoints in {self._root} could not be deleted: {problem}", flush=True)

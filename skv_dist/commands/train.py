@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import INTERRUPTED, entry_point
 from skv_dist.config.load import load_config
-from skv_dist.config.run import Derived, RunConfig, check_lanes, derive
+from skv_dist.config.run import Derived, RunConfig, check_best, check_lanes, derive
 from skv_dist.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch is imported once the configuration is known to be goo
     from skv_dist.data.tokenizer import Tokenizer
     from skv_dist.parallel.processes.groups import World
     from skv_dist.parallel.teacher import Teacher
-    from skv_dist.training.callbacks import Callback
+    from skv_dist.training.callbacks import Best, Callback
     from skv_dist.training.stop import StopRequest
     from skv_dist.training.trainer import Trainer
 
@@ -74,6 +74,7 @@ def train(run: RunConfig) -> signal.Signals | None:
     # What can be told without the other processes is told before they meet.
     derived = derive(run, launcher.world_size())
     check_lanes(run, derived)
+    check_best(run)
     check_device(run)
     transformer_impl(run)
     tokenizer = load_tokenizer(run.data.tokenizer)
@@ -191,6 +192,7 @@ def _train_in_folder(
     def state() -> dict[str, Any]:
         return {
             **trainer.state(),
+            **({} if best is None else {"best": best.state()}),
             "roll_backs": roll_backs,
             "tokenizer": tokenizer.fingerprint(),
             "data": data.state,
@@ -199,7 +201,8 @@ def _train_in_folder(
             "world_size": world.size,
         }
 
-    callbacks = _callbacks(trainer, saver, state, data.validation)
+    best = _best(run, start, world)
+    callbacks = _callbacks(trainer, saver, state, data.validation, best)
     if world.is_first:
         output_folder.begin(out, run, trainer.step, start)
         _announce(trainer, start)
@@ -269,8 +272,24 @@ def _restore(trainer: "Trainer", start: Path | None, begin_with: Path | None) ->
             load_checkpoint(engine, run, begin_with, weights_only=True)
 
 
+def _best(run: RunConfig, start: Path | None, world: "World") -> "Best | None":
+    """What notes the best evaluation, where ``eval.best`` asks for it."""
+    from skv_dist.checkpoint.folder import read_state
+    from skv_dist.training.callbacks import Best
+
+    if run.eval.best is None:
+        return None
+    best = Best(run.eval.best, run.eval.patience, says_so=world.is_first)
+    best.restore(None if start is None else read_state(start).get("best"))
+    return best
+
+
 def _callbacks(
-    trainer: "Trainer", saver: "Saver", state: Callable[[], dict[str, Any]], validation: "Samples | None"
+    trainer: "Trainer",
+    saver: "Saver",
+    state: Callable[[], dict[str, Any]],
+    validation: "Samples | None",
+    best: "Best | None",
 ) -> list["Callback"]:
     """In the order in which they see a step: what measures, what saves, and on the first rank what records."""
     from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
@@ -282,7 +301,9 @@ def _callbacks(
     if run.eval.every and validation is not None:
         batches, plans = evaluation_batches(run, world, validation), retention_plans(run)
         callbacks.append(Evaluation(lambda: sweep(engine, run, batches, plans), run.eval.every, run.train.steps))
-    callbacks.append(Checkpoints(saver, run.checkpoint.every, state))
+    if best is not None:
+        callbacks.append(best)
+    callbacks.append(Checkpoints(saver, run.checkpoint.every, state, lambda: trainer.save_due, best))
     if world.is_first:
         out = folder_of(run)
         callbacks.append(JsonLines(out / METRICS))

@@ -10,7 +10,10 @@ class CheckpointConfig(Section):
     layout (the parallel section), whichever wrote it."""
 
     every: int = Field(default=0, ge=0)
-    """Number of steps between checkpoints. 0: none but the one of at_end."""
+    """Number of steps between checkpoints. 0: by time, see every_minutes."""
+
+    every_minutes: float = Field(default=15.0, ge=0)
+    """Minutes between checkpoints where every is 0, by the clock of the first process. 0: none but that of at_end."""
 
     at_end: bool = True
     """Whether a checkpoint is written when training ends. That is after the last step, or after the step in which

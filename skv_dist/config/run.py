@@ -182,6 +182,24 @@ def derive(config: RunConfig, world_size: int) -> Derived:
     )
 
 
+def check_best(config: RunConfig) -> None:
+    """Raises UserError where a training run cannot tell which of its checkpoints is best."""
+    evaluation = config.eval
+    if evaluation.patience is not None and evaluation.best is None:
+        raise UserError(f"eval.patience is {evaluation.patience}, but eval.best is not set: name an evaluation there")
+    if evaluation.best is None:
+        return
+    measured = [f"loss@{retention:.2f}" for retention in evaluation.retention]
+    if evaluation.best not in measured:
+        raise UserError(
+            f"eval.best '{evaluation.best}' is not measured: take one of {', '.join(measured)} (eval.retention)"
+        )
+    if not evaluation.every:
+        raise UserError(
+            f"eval.best is '{evaluation.best}', but eval.every is 0: set eval.every, or leave eval.best out"
+        )
+
+
 def check_lanes(config: RunConfig, derived: Derived) -> None:
     """Raises UserError where the lanes of a stream cannot be dealt out to the replicas of a training run."""
     lanes, replicas = config.data.stream_lanes, derived.data_parallel

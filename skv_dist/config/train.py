@@ -136,6 +136,18 @@ class EvalConfig(Section):
     K/V of their first layer, whatever routing.policy is. Results are named by two decimals (eval/loss@0.50), in which
     the sizes must differ."""
 
+    at_start: bool = False
+    """Whether a run evaluates before its first step too. metrics.jsonl has it as step 0."""
+
+    best: str | None = None
+    """Evaluation by which the best checkpoint is kept, such as loss@0.50. Where an evaluation is lower than all before,
+    a checkpoint is written; it stays until a better one is there, whatever checkpoint.keep_last says, and
+    train.output_dir/checkpoints/best names it. null: none is kept for its loss."""
+
+    patience: int | None = Field(default=None, gt=0)
+    """How many evaluations in a row without a lower value of best end the run. Needs best. null: it goes on to
+    train.steps."""
+
     @field_validator("retention")
     @classmethod
     def _names_differ(cls, value: list[float]) -> list[float]:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import sys
 import time
@@ -22,7 +23,10 @@ class Callback:
     """Hooks of the training loop. Every rank calls them in the same order, so a callback may use collectives."""
 
     stop_reason: str | None = None
-    """Set by a callback, on any rank, to end the run after the next step."""
+    """Set by a callback, on any rank, to end the run after the next step: something has failed."""
+
+    finished: bool = False
+    """Set by a callback, on all ranks at once, to end the run as after its last step."""
 
     def on_start(self, step: int, steps: int) -> None:
         """Before the first step of this process; ``step`` steps are behind it."""
@@ -45,19 +49,83 @@ class Evaluation(Callback):
             metrics.update({f"eval/{name}": value for name, value in self._evaluate().items()})
 
 
-class Checkpoints(Callback):
-    """Saves every so many steps, and adds the seconds that training stood still for it to the metrics.
+class Best(Callback):
+    """Notes which evaluation was the lowest, and ends the run where none was for long.
 
     Args:
-        every: steps between checkpoints; 0: none.
-        state: what a checkpoint keeps of the run beside weights and optimizer state.
+        name: of the evaluation.
+        patience: evaluations in a row without a lower value that end the run; None: none do.
+
+    Attributes:
+        step, value: of the lowest evaluation.
+        without: evaluations since then.
+        is_new: whether it is that of the last step.
     """
 
-    def __init__(self, saver: Saver, every: int, state: Callable[[], dict[str, Any]]) -> None:
-        self._saver, self._every, self._state = saver, every, state
+    def __init__(self, name: str, patience: int | None, says_so: bool) -> None:
+        self.name, self._patience, self._says_so = name, patience, says_so
+        self.step, self.value, self.without, self.is_new = 0, math.inf, 0, False
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        value = None if math.isinf(self.value) else self.value
+        return {"name": self.name, "step": self.step, "value": value, "without": self.without}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on where `state` was taken; anew where it is of another evaluation."""
+        if state is not None and state["name"] == self.name and state["value"] is not None:
+            self.step, self.value, self.without = state["step"], state["value"], state["without"]
+
+    def on_start(self, step: int, steps: int) -> None:
+        self._end_if_enough()
 
     def on_step(self, step: int, metrics: Metrics) -> None:
-        if self._every and step % self._every == 0:
+        value = metrics.get(f"eval/{self.name}")
+        self.is_new = step > 0 and value is not None and value < self.value
+        if step == 0 or value is None:
+            return
+        if self.is_new:
+            self.step, self.value, self.without = step, value, 0
+        else:
+            self.without += 1
+            self._end_if_enough()
+
+    def _end_if_enough(self) -> None:
+        if self._patience is None or self.without < self._patience:
+            return
+        self.finished = True
+        if self._says_so:
+            print(
+                f"{self.name} was {self.value:.4f} at step {self.step} and not lower in {self.without} evaluations "
+                "since: the run ends (eval.patience)",
+                flush=True,
+            )
+
+
+class Checkpoints(Callback):
+    """Saves every so many steps or minutes, and where an evaluation was the best; adds the seconds that training stood
+    still for it to the metrics.
+
+    Args:
+        every: steps between checkpoints; 0: none by steps.
+        state: what a checkpoint keeps of the run beside weights and optimizer state.
+        is_due: whether it is time for one, alike on all ranks.
+        best: what notes the best evaluation.
+    """
+
+    def __init__(
+        self,
+        saver: Saver,
+        every: int,
+        state: Callable[[], dict[str, Any]],
+        is_due: Callable[[], bool] = lambda: False,
+        best: Best | None = None,
+    ) -> None:
+        self._saver, self._every, self._state, self._is_due, self._best = saver, every, state, is_due, best
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        is_best = self._best is not None and self._best.is_new
+        if step and (is_best or (step % self._every == 0 if self._every else self._is_due())):
             began = time.perf_counter()
             self._saver.save(step, self._state())
             metrics["checkpoint/stall_seconds"] = time.perf_counter() - began
@@ -161,10 +229,12 @@ class Console(Callback):
             self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
     def on_step(self, step: int, metrics: Metrics) -> None:
-        shown = {"loss": f"{metrics['loss']:.4f}", "tok/s": f"{metrics['tokens_per_second']:,.0f}"}
-        if "mfu" in metrics:
-            shown["mfu"] = f"{metrics['mfu']:.1%}"
-        shown["mem"] = f"{metrics['peak_memory_bytes'] / 2**30:.2f}GiB"
+        shown = {}
+        if "loss" in metrics:  # an evaluation before the first step has none
+            shown = {"loss": f"{metrics['loss']:.4f}", "tok/s": f"{metrics['tokens_per_second']:,.0f}"}
+            if "mfu" in metrics:
+                shown["mfu"] = f"{metrics['mfu']:.1%}"
+            shown["mem"] = f"{metrics['peak_memory_bytes'] / 2**30:.2f}GiB"
         losses = {name.removeprefix("eval/"): f"{v:.4f}" for name, v in metrics.items() if name.startswith("eval/")}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from skv_dist.checkpoint.folder import clean, existing, supersede
+from skv_dist.checkpoint.folder import clean, existing, read_state, set_best, supersede
 from skv_dist.config.load import dump_config
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
@@ -50,8 +50,9 @@ def begin(folder: Path, run: RunConfig, step: int, start: Path | None) -> None:
     if moved:
         print(f"moved to {moved[0].parent}: {', '.join(path.name for path in reversed(moved))}", flush=True)
     try:
+        set_best(checkpoints, None if start is None else (read_state(start).get("best") or {}).get("step"))
         replace_text(folder / CONFIG, dump_config(run))
-        truncate_metrics(folder / METRICS, step)
+        truncate_metrics(folder / METRICS, -1 if start is None else step)  # step 0 is measured again
         (folder / METRICS).touch()
     except OSError as error:
         raise UserError(f"train.output_dir {folder} cannot be written: {error.strerror}") from error

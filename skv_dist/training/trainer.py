@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -67,9 +68,15 @@ class Trainer:
         self.policy = run.policy()
         self.guard = Guard(run.train)
         self.stopped_by: signal.Signals | None = None
+        self.save_due = False  # by the clock of the first rank (checkpoint.every_minutes)
+        self._save_at = self._next_save()
         peak = peak_flops(world.device)
         flops = flops_per_token(run)
         self._mfu_per_token_rate = flops / (peak * world.size) if peak else None
+
+    def _next_save(self) -> float:
+        minutes = self.run.checkpoint.every_minutes
+        return time.monotonic() + 60 * minutes if minutes else math.inf
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the run beside weights and optimizer state. All else follows from the step.
@@ -123,9 +130,13 @@ class Trainer:
 
             if stop is not None:
                 stop.defer(says_so=self.world.is_first)
+            if self.step == 0 and self.run.eval.at_start:
+                before: Metrics = {}
+                for callback in callbacks:
+                    callback.on_step(0, before)
             coming = self._work()
             work = next(coming, None)
-            while work and not self.stopped_by:
+            while work and not self.stopped_by and not any(callback.finished for callback in callbacks):
                 began = time.perf_counter()
                 launched = self.launch(work, asked)
                 try:
@@ -165,16 +176,17 @@ class Trainer:
         mean = batch.loss.double()
         refused = ~(mean.isfinite() & (mean <= self.guard.limit))
         asked = torch.full((), stop_asked(), device=device)
-        skip_update, asked = self._largest_anywhere(refused, asked)
+        due = torch.full((), int(self.world.is_first and time.monotonic() >= self._save_at), device=device)
+        skip_update, asked, due = self._largest_anywhere(refused, asked, due)
         outcome = engine.step(skip_update.bool())
-        results = [mean, outcome.grad_norm, outcome.applied, asked]
+        results = [mean, outcome.grad_norm, outcome.applied, asked, due]
         if batch.divergence is not None:
             results.append(batch.divergence)
         return LaunchedStep(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)
 
     def _finish(self, launched: LaunchedStep) -> Metrics:
         """Wait for a step, and judge it."""
-        loss, grad_norm, applied, asked, *divergence = launched.results.tolist()
+        loss, grad_norm, applied, asked, due, *divergence = launched.results.tolist()
         objection = self.guard.objection(loss)
         if not applied and objection is None:
             objection = f"the gradient norm is {grad_norm}"
@@ -183,6 +195,9 @@ class Trainer:
             print(f"step {self.step}: update skipped: {objection}", flush=True)
         self.guard.record(self.step, loss, objection)
         self.stopped_by = BY_WEIGHT[int(asked)]
+        self.save_due = bool(due)
+        if self.save_due:
+            self._save_at = self._next_save()
         metrics: Metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
