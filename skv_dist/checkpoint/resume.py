@@ -31,7 +31,7 @@ _FREE_FOR_WEIGHTS = {
     "model.init_std",
 }
 _BOUND_SECTIONS = ("model", "routing", "data", "optimizer", "lora", "distillation")
-_BOUND_TRAIN = ("steps", "freeze", "seed", "global_batch_size", "micro_batch_size", "precision")
+_BOUND_TRAIN = ("steps", "epochs", "freeze", "seed", "global_batch_size", "micro_batch_size", "precision")
 
 
 def _flat(values: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -47,6 +47,8 @@ def _bound(run: RunConfig) -> dict[str, Any]:
     values = run.model_dump(mode="json")
     bound = {key: value for section in _BOUND_SECTIONS for key, value in _flat(values[section], section)}
     bound.update({f"train.{key}": values["train"][key] for key in _BOUND_TRAIN})
+    if run.train.epochs is not None:  # from which the steps follow, once the data are open
+        bound["train.steps"] = None
     return {key: value for key, value in bound.items() if key not in _FREE}
 
 

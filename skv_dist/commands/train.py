@@ -17,6 +17,8 @@ from skv_dist.errors import UserError
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
     from skv_dist.checkpoint.save import Saver
     from skv_dist.data.batches import Samples
+    from skv_dist.data.open import Blend
+    from skv_dist.data.stream import TrainingStream
     from skv_dist.data.tokenizer import Tokenizer
     from skv_dist.parallel.processes.groups import World
     from skv_dist.parallel.teacher import Teacher
@@ -87,7 +89,7 @@ def train(run: RunConfig) -> signal.Signals | None:
 class RunData(NamedTuple):
     """What a run reads, and what its checkpoints note of it."""
 
-    samples: "Samples"
+    samples: "Blend | TrainingStream"
     validation: "Samples | None"
     state: dict[str, Any]
 
@@ -96,12 +98,17 @@ def _train_in_world(
     run: RunConfig, derived: Derived, tokenizer: "Tokenizer", world: "World", stop: "StopRequest"
 ) -> signal.Signals | None:
     from skv_dist.checkpoint import resume
+    from skv_dist.checkpoint.folder import read_state
+    from skv_dist.data.stream import TrainingStream
     from skv_dist.training import output_folder
     from skv_dist.training.lock import FolderLock
 
     out = output_folder.folder_of(run)
     start = resume.choose(run, out / output_folder.CHECKPOINTS, tokenizer.fingerprints())
     data = _open_data(run, derived, tokenizer, start)
+    if not isinstance(data.samples, TrainingStream):
+        state = {} if start is None else read_state(start)
+        run = run.for_sequences(data.samples.num_sequences, state.get("step", 0), state.get("samples", 0))
     is_new = world.is_first and not out.exists()
     _claim(out, run, world)
     lock = FolderLock(out)
@@ -317,7 +324,8 @@ def _callbacks(
 def _announce(trainer: "Trainer", start: Path | None) -> None:
     from skv_dist.training.report import start_report
 
-    print(start_report(trainer.run, trainer.derived, trainer.world, trainer.engine), flush=True)
+    report = start_report(trainer.run, trainer.derived, trainer.world, trainer.engine, trainer.num_sequences)
+    print(report, flush=True)
     if start is not None:
         print(f"resumed from {start} at step {trainer.step}", flush=True)
 

@@ -19,7 +19,8 @@ _WIDTH = 120
 COMMAND = "python -m skv_dist.config.reference > configs/reference.yaml"
 _HEADER = (
     "Every key of a run, with its meaning. Behind a key stands its type. Keys without a default are marked (required) "
-    "and show an example, all others show their default: a configuration names what differs.",
+    "and show an example, as do those marked (an example); all others show their default: a configuration names what "
+    "differs.",
     "On the command line keys are changed by skv-train FILE train.steps=100 data.sources.0.path=x, and explained by "
     "skv-train --explain train.steps.",
     BASE_MEANING,
@@ -44,10 +45,11 @@ def _setting(name: str, field: FieldInfo, indent: str) -> list[str]:
     section = section_of(field)
     if field.annotation is section and section is not None:
         return [f"{indent}{name}:", *_section_body(section, indent + "  ")]
-    need_and_type = f"{'(required) ' if field.is_required() else ''}{type_in_words(field)}"
+    need = "(required) " if field.is_required() else "(an example) " if field.examples else ""
+    need_and_type = f"{need}{type_in_words(field)}"
     if section is not None and field.is_required():
         return [f"{indent}{name}:  # {need_and_type}", *_list_entry(section, indent + "  ")]
-    value = field.examples[0] if field.is_required() and field.examples else field.default
+    value = field.examples[0] if field.examples else field.default
     setting = f"{indent}{name}: {in_yaml(value)}"
     if len(f"{setting}  # {need_and_type}") > _WIDTH:
         return [*_comment(need_and_type, indent), setting]

@@ -1,5 +1,6 @@
 """The whole run configuration, the checks that need more than one section, and what follows from it."""
 
+import math
 from dataclasses import dataclass
 
 from pydantic import model_validator
@@ -16,6 +17,8 @@ from skv_dist.config.section import Section
 from skv_dist.config.train import EvalConfig, OptimizerConfig, TrainConfig
 from skv_dist.errors import UserError
 from skv_dist.routing.policies import Policy
+
+_MANY = 10**6  # steps, while it is not known how many train.epochs are
 
 
 class RunConfig(Section):
@@ -54,6 +57,13 @@ class RunConfig(Section):
             raise UserError(
                 f"data.sequence_length {data.sequence_length} is greater than model.max_position_embeddings "
                 f"{model.max_position_embeddings}: lower the first or raise the second"
+            )
+        if not train.steps and train.epochs is None:
+            raise UserError("train.steps is missing, or 0, and train.epochs is not set: give one of the two")
+        if train.epochs is not None and data.streaming:
+            raise UserError(
+                f"train.epochs {train.epochs:g} and data.streaming: true do not work together, as nobody knows how "
+                "long a stream is: give train.steps in its place"
             )
         if train.global_batch_size % train.micro_batch_size:
             raise UserError(
@@ -123,6 +133,27 @@ class RunConfig(Section):
             )
         return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": size})})
 
+    def for_sequences(self, number: int, step: int, position: int) -> "RunConfig":
+        """The complete configuration: with the ``train.steps`` that ``train.epochs`` asks for, if it does.
+
+        Args:
+            number: training sequences of all sources.
+            step: that the run goes on from; by then it had read ``position`` sequences.
+
+        Raises:
+            UserError: both are given and say two things.
+        """
+        epochs, batch = self.train.epochs, self.train.global_batch_size
+        if epochs is None:
+            return self
+        steps = step + max(0, math.ceil((epochs * number - position) / batch - 1e-9)) or 1
+        if self.train.steps not in (0, steps):
+            raise UserError(
+                f"train.steps {self.train.steps} and train.epochs {epochs:g} ({steps} steps of {batch} of the "
+                f"{number:,} training sequences) say two things: leave one of them out"
+            )
+        return self.model_copy(update={"train": self.train.model_copy(update={"steps": steps})})
+
     @property
     def stages(self) -> tuple[range, ...]:
         """The layers of each pipeline stage, virtual stages included, in the order of execution."""
@@ -139,7 +170,7 @@ class RunConfig(Section):
 
     def policy(self) -> Policy:
         """The routing policy over the layers of this model."""
-        return build_policy(self.routing, self.model.num_layers, self.stages, self.train.steps)
+        return build_policy(self.routing, self.model.num_layers, self.stages, self.train.steps or _MANY)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,14 @@ Retention = Annotated[float, Field(gt=0, le=1)]
 class TrainConfig(Section):
     """The training loop: how long, in what batches, in which precision, and where its results go."""
 
-    steps: int = Field(gt=0, examples=[200])
-    """Number of optimizer steps of the whole run, those before a resume included."""
+    steps: int = Field(default=0, ge=0, examples=[200])
+    """Number of optimizer steps of the whole run, those before a resume included. 0: as many as epochs asks for. One of
+    the two must be given."""
+
+    epochs: float | None = Field(default=None, gt=0)
+    """How often the run reads its training sequences, in place of steps. They are those of all sources together,
+    whatever their weights. The steps that follow stand in the run's own config.yaml. Not with data.streaming. null: see
+    steps."""
 
     seed: int = Field(default=1234, ge=0, lt=2**63)
     """Source of all randomness: initial weights, order of samples, held-out part, route tables and dropout."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from skv_dist.config.data import DataConfig, SourceConfig
 from skv_dist.data.batches import Samples
@@ -18,6 +18,12 @@ from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
 
 
+class Sequences(Samples, Protocol):
+    """As many samples as there are in an epoch."""
+
+    def __len__(self) -> int: ...
+
+
 class Blend:
     """Several sets mixed by weight, in an order that is a pure function of (seed, position).
 
@@ -25,9 +31,14 @@ class Blend:
         contents: what tells the data of each source from other data (`PreparedSet.content`).
     """
 
-    def __init__(self, sets: Sequence[Samples], weights: Sequence[float], seed: int, contents: list[str]) -> None:
+    def __init__(self, sets: Sequence[Sequences], weights: Sequence[float], seed: int, contents: list[str]) -> None:
         self._sets, self._weights, self._seed = sets, weights, seed
         self.contents = contents
+
+    @property
+    def num_sequences(self) -> int:
+        """Of all sets together: what an epoch is."""
+        return sum(map(len, self._sets))
 
     def __getitem__(self, position: int) -> Sample:
         source, position_within = blended(position, self._weights, self._seed)
@@ -143,7 +154,7 @@ def _map_sets(
 
     def parts(
         sources: Sequence[SourceConfig], sets: Sequence[PreparedSet], fraction: float, seed: int
-    ) -> list[tuple[SourceConfig, Samples, Samples | None]]:
+    ) -> list[tuple[SourceConfig, Sequences, Sequences | None]]:
         paths, contents = [source.path for source in sources], [prepared.content for prepared in sets]
         orders = source_orders(rule, paths, contents, seed, config.split_seed)
         return [
@@ -154,7 +165,7 @@ def _map_sets(
             for source, prepared, order in zip(sources, sets, orders)
         ]
 
-    def blend(chosen: Sequence[tuple[SourceConfig, Samples]], sets: Sequence[PreparedSet], seed: int) -> Blend:
+    def blend(chosen: Sequence[tuple[SourceConfig, Sequences]], sets: Sequence[PreparedSet], seed: int) -> Blend:
         weights, contents = [source.weight for source, _ in chosen], [prepared.content for prepared in sets]
         return Blend([samples for _, samples in chosen], weights, seed, contents)
 

@@ -13,8 +13,14 @@ from skv_dist.training.schedule import warmup_steps
 from skv_dist.versions import software
 
 
-def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine) -> str:
-    """The derived values of the run, one a line."""
+def start_report(
+    run: RunConfig, derived: Derived, world: World, engine: Engine, num_sequences: int | None = None
+) -> str:
+    """The derived values of the run, one a line.
+
+    Args:
+        num_sequences: of an epoch; None where nobody knows.
+    """
     train, parallel, model = run.train, run.parallel, run.model
     num_parameters = sum(torch.Size(partitioned_shape(p)).numel() for p in engine.model.parameters())
     num_frozen = sum(torch.Size(partitioned_shape(p)).numel() for p in engine.model.parameters() if not p.requires_grad)
@@ -42,6 +48,7 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine)
         "routing": routing,
         "batch": f"{train.global_batch_size} sequences x {run.data.sequence_length} = {derived.tokens_per_step:,} "
         f"tokens a step, in {derived.num_micro_batches} micro-batches of {train.micro_batch_size} per replica",
+        **({} if num_sequences is None else {"data": data_report(run, num_sequences)}),
         "run": f"{train.steps:,} steps, {train.steps * derived.tokens_per_step:,} tokens, "
         f"{warmup_steps(run.optimizer, train.steps):,} steps of warm-up, then {run.optimizer.schedule}",
         **({"teacher": f"{run.teacher}, weight {run.distillation.weight}"} if run.distillation.weight else {}),
@@ -50,6 +57,15 @@ def start_report(run: RunConfig, derived: Derived, world: World, engine: Engine)
         **(pipeline_report(run, derived) if parallel.pipeline > 1 else {}),
     }
     return "\n".join(f"{name + ':':<11}{value}" for name, value in lines.items())
+
+
+def data_report(run: RunConfig, num_sequences: int) -> str:
+    """How much there is to train on, and how often it is read."""
+    epochs = run.train.steps * run.train.global_batch_size / num_sequences
+    return (
+        f"{num_sequences:,} sequences for training, {num_sequences * run.data.sequence_length:,} tokens; "
+        f"{run.train.steps:,} steps read them {epochs:.3g} times"
+    )
 
 
 def pipeline_report(run: RunConfig, derived: Derived) -> dict[str, str]:

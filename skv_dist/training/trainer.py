@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from skv_dist.config.run import Derived, RunConfig
 from skv_dist.data.batches import Samples
+from skv_dist.data.open import Blend
 from skv_dist.data.stream import TrainingStream
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.groups import World, seed_dropout
@@ -57,6 +58,7 @@ class Trainer:
     ) -> None:
         self.run, self.derived, self.world, self.engine = run, derived, world, engine
         self._teacher = teacher
+        self.num_sequences = samples.num_sequences if isinstance(samples, Blend) else None  # of an epoch
         self._reading: Reading
         if isinstance(samples, TrainingStream):
             self._reading = StreamReading(run, derived, world, samples)
@@ -205,6 +207,8 @@ class Trainer:
             "skipped": self.guard.skipped,
             "tokens": self._tokens_before(self.step),
         }
+        if self.num_sequences is not None:
+            metrics["epoch"] = self._samples_before(self.step) / self.num_sequences
         if divergence:
             (metrics["teacher_kl"],) = divergence
         if self.run.parallel.pipeline > 1:

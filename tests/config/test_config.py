@@ -47,8 +47,9 @@ def test_the_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
     [
         ("train.stps=3", "unknown key 'train.stps': did you mean 'steps'?"),
         ("train.lr=1e-4", "command line: unknown key 'train.lr': did you mean 'optimizer.lr'?"),
-        ("train.zzz=3", "unknown key 'train.zzz': known keys are steps, seed, "),
-        ("train.steps=0", "command line: train.steps: Input should be greater than 0 (got 0)"),
+        ("train.zzz=3", "unknown key 'train.zzz': known keys are steps, epochs, seed, "),
+        ("train.steps=-1", "command line: train.steps: Input should be greater than or equal to 0 (got -1)"),
+        ("train.steps=0", "train.steps is missing, or 0, and train.epochs is not set: give one of the two"),
         ("train.steps=many", "train.steps"),
         ("parallel.zero_stage=4", "parallel.zero_stage"),
         ("model.block=gemma4", "block 'gemma4' does not go with activation 'swiglu': set activation=\"geglu\""),

@@ -65,7 +65,7 @@ def test_an_unknown_key_names_the_nearest(key: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("key", "type_", "default"),
     [
-        ("train.steps", "integer above 0", "required, for example 200"),
+        ("train.output_dir", "text", "required, for example runs/tiny"),
         ("train.compile", "true | false", "false"),
         ("model", "mapping", "required"),
         ("eval", "mapping", "every key has one"),

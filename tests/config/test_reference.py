@@ -73,10 +73,10 @@ def test_it_loads_with_every_key_at_its_default_or_example(made: Path) -> None:
 
 def check_values(section: BaseModel) -> None:
     for name, field in type(section).model_fields.items():
-        if not field.is_required():
-            assert getattr(section, name) == field.default, name
-        elif field.examples:
+        if field.examples:
             assert getattr(section, name) == field.examples[0], name
+        elif not field.is_required():
+            assert getattr(section, name) == field.default, name
 
 
 def test_what_is_required_says_so() -> None:
