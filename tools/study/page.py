@@ -19,8 +19,8 @@ LOSS = "eval/loss@"
 LAYERS = "loss@layers "
 # Student's t at 97.5 %, by degrees of freedom
 _T = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
-_LOSSES = """Validation loss in nats per token after the last step, mean ± standard deviation over seeds. All runs are
-measured on the same text."""
+_LOSSES = """Validation loss in nats per token after the last step of each run, mean ± standard deviation over seeds.
+All runs are measured on the same text."""
 _SCORES = """Answers to held-out questions, decoded with the cache of the owners alone; percent, mean ± standard
 deviation over seeds, and differences paired by seed."""
 _DIFFERENCES = """A seed fixes the initial weights and the order of the training text. In brackets: the standard error
@@ -48,6 +48,11 @@ class Result:
             values = {name.removeprefix(LOSS): value for name, value in line.items() if name.startswith(LOSS)}
             if values:
                 self.losses[line["step"]] = values
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The losses after the last step, by retention."""
+        return self.losses[max(self.losses)]
 
     def said(self, name: str) -> str:
         """A line of the report with which the trainer starts."""
@@ -102,11 +107,14 @@ def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> 
     first = next(iter(results.values()))
     shares = {f"{r:.2f}": f"{100 * r:g} %" for r in sorted(first.config["eval"]["retention"], reverse=True)}
     steps = sorted(set.intersection(*(set(one.losses) for one in results.values())))
-    last, names = steps[-1], list(dict.fromkeys(run.variant for run in done))
+    names = list(dict.fromkeys(run.variant for run in done))
     seeds = {name: [run.seed for run in done if run.variant == name] for name in names}
 
-    def at(name: str, share: str, step: int = last) -> list[float]:
-        return [results[name, seed].losses[step][share] for seed in seeds[name]]
+    def at(name: str, share: str, step: int | None = None) -> list[float]:
+        """The losses of all seeds; after their last step where none is given."""
+        return [
+            (one.last if step is None else one.losses[step])[share] for one in (results[name, s] for s in seeds[name])
+        ]
 
     began = sorted(run.record["began"] for run in done if run.record)
     text = f"# {study['title']}\n\nMade by `python -m skv_tools.study {os.path.relpath(file)}`; the first of its "
@@ -124,7 +132,7 @@ def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> 
     rows = []
     for one, other in study.get("compare", []):
         both = [seed for seed in seeds.get(one, []) if seed in seeds.get(other, [])]
-        pairs = [[results[pair].losses[last] for pair in ((one, seed), (other, seed))] for seed in both]
+        pairs = [[results[pair].last for pair in ((one, seed), (other, seed))] for seed in both]
         cells = [difference([after[share] - before[share] for before, after in pairs]) for share in shares]
         rows.append([f"{other} minus {one}", str(len(both)), *cells])
     text += f"\n## Differences, paired by seed\n\n{_DIFFERENCES}\n\n{table(['', 'seeds', *shares.values()], rows)}"
@@ -133,9 +141,7 @@ def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> 
     for one, other in study.get("compare_shares", []):
         (before, share), (after, other_share) = one.split("@"), other.split("@")
         both = [seed for seed in seeds.get(before, []) if seed in seeds.get(after, [])]
-        of_shares = [
-            (results[before, seed].losses[last][share], results[after, seed].losses[last][other_share]) for seed in both
-        ]
+        of_shares = [(results[before, seed].last[share], results[after, seed].last[other_share]) for seed in both]
         spreads = [spread([pair[0] for pair in of_shares]), spread([pair[1] for pair in of_shares])]
         names_of = [f"{name} at {shares[part]}" for name, part in ((after, other_share), (before, share))]
         rows.append(
@@ -183,15 +189,16 @@ def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> 
 
     rows = []
     for (name, seed), one in results.items():
-        rate = statistics.median(line["tokens_per_second"] for line in one.metrics)
-        values = [f"{one.losses[last][share]:.3f}" for share in shares]
+        rate = statistics.median(line["tokens_per_second"] for line in one.metrics if "tokens_per_second" in line)
+        values = [f"{one.last[share]:.3f}" for share in shares]
         rows.append([name, str(seed), *values, str(one.metrics[-1]["skipped"]), f"{rate:,.0f}"])
     head = ["", "seed", *shares.values(), "updates skipped", "tokens/s beside other runs"]
     text += f"\n## Every seed\n\n{table(head, rows)}"
 
     share = next(iter(shares))
     rows = [[name, *(spread(at(name, share, step)) for step in steps)] for name in names]
-    text += f"\n## Loss by step, at {shares[share]} of the cache\n\n{table(['', *map(str, steps)], rows)}"
+    if steps:  # at which all runs were measured
+        text += f"\n## Loss by step, at {shares[share]} of the cache\n\n{table(['', *map(str, steps)], rows)}"
 
     lines = [f"python -m {shlex.join(arguments)}" for arguments in study.get("prepare", {}).values()]
     lines += [f"python -m {train} {shlex.join(run.arguments)}" for run in done]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from skv_tools.study import __main__ as study
-from skv_tools.study.page import difference, page
+from skv_tools.study.page import LOSS, difference, page
 from skv_tools.study.runs import load
 
 from skv_dist.errors import UserError
@@ -106,3 +106,15 @@ def test_the_module_runs_as_a_command() -> None:
     assert done.returncode == 2
     assert "cannot read none.yaml" in done.stderr
     assert json.dumps(done.stderr).count("Traceback") == 0
+
+
+def test_runs_of_unequal_length_are_compared_after_their_last_steps(folder: Path) -> None:
+    given, runs = load(write(folder))
+    assert study.execute(runs, [""], lambda _: None) == 0
+    for run in runs[2:]:  # one that was three times as long, and no step at which all were measured
+        lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        longer = [{**line, "step": 3 * line["step"] + 1, f"{LOSS}1.00": 1.0, f"{LOSS}0.50": 2.0} for line in lines]
+        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in longer))
+    text = page(folder / "study.yaml", given, runs, "stand_in_trainer")
+    assert "| routed | 2 | 1.000 ± 0.000 | 2.000 ± 0.000 |" in text
+    assert "Loss by step" not in text
