@@ -12,6 +12,7 @@ from skv_dist.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
     from skv_dist.evaluation.search.measured import Measured
+    from skv_dist.evaluation.search.progress import Progress
     from skv_dist.evaluation.search.search import Found, Result
     from skv_dist.parallel.engines.base import Engine
     from skv_dist.parallel.processes.groups import World
@@ -81,7 +82,8 @@ def search_layers(argv: list[str]) -> int:
 
     world = groups.start(run.parallel)
     engine = frozen_model(run, arguments.checkpoint, world)
-    seen, unseen = _measured(arguments, run, world, engine)
+    progress = _progress(arguments, run, world)
+    seen, unseen = _measured(arguments, run, world, engine, progress)
     result = search(seen, arguments.budgets, constraints, free_sources=arguments.free_sources)
     content = _content(arguments, run, result, seen, unseen, constraints.keep)
     if world.is_first:
@@ -94,12 +96,29 @@ def search_layers(argv: list[str]) -> int:
             )
         if arguments.json is not None:
             maps.write_json(arguments.json, content)
+            if progress is not None:
+                progress.end()
     groups.stop()
     return 0
 
 
+def _progress(arguments: argparse.Namespace, run: RunConfig, world: "World") -> "Progress | None":
+    """Where measured maps are noted: beside the file that was asked for."""
+    import hashlib
+
+    from skv_dist.checkpoint.folder import MANIFEST, digest
+    from skv_dist.config.load import dump_config
+    from skv_dist.evaluation.search.progress import Progress
+
+    if arguments.json is None:
+        return None
+    measured_on = f"{digest(arguments.checkpoint / MANIFEST)['sha256']}\n{dump_config(run)}"
+    identity = hashlib.sha256(measured_on.encode()).hexdigest()
+    return Progress(arguments.json.with_name(f"{arguments.json.name}.partial"), identity, writes=world.is_first)
+
+
 def _measured(
-    arguments: argparse.Namespace, run: RunConfig, world: "World", engine: "Engine"
+    arguments: argparse.Namespace, run: RunConfig, world: "World", engine: "Engine", progress: "Progress | None"
 ) -> "tuple[Measured, Measured]":
     """Losses on the sequences of the search, and on as many behind them."""
     from tqdm import tqdm
@@ -108,20 +127,30 @@ def _measured(
     from skv_dist.evaluation.search.measured import Measured, Table
     from skv_dist.evaluation.search.sequences import SequenceLosses
     from skv_dist.evaluation.sweep import evaluation_batches
+    from skv_dist.parallel.processes.agree import on_first_rank
 
     samples = validation_samples(arguments.checkpoint, run)
     if samples is None:
         raise nothing_held_out(arguments.checkpoint)
+    known = {} if progress is None else on_first_rank(progress.read)
+    if progress is not None:
+        progress.begin(known)
+    if known and world.is_first:
+        print(f"going on with {sum(map(len, known.values()))} maps that were measured before", flush=True)
     both = []
     for title, first in (("search", 0), ("check", run.eval.samples)):
         losses = SequenceLosses(engine, run, evaluation_batches(run, world, samples, first))
-        bar = tqdm(desc=title, unit="map", disable=not world.is_first)
+        before = known.get(title, {})
+        bar = tqdm(desc=title, unit="map", initial=len(before), disable=not world.is_first)
 
-        def measure(table: Table, losses: SequenceLosses = losses, bar: Any = bar) -> Any:
+        def measure(table: Table, title: str = title, losses: SequenceLosses = losses, bar: Any = bar) -> Any:
+            sums = losses(table)
+            if progress is not None:
+                progress.note(title, table, sums)
             bar.update(1)
-            return losses(table)
+            return sums
 
-        both.append(Measured(run.model.num_layers, measure, losses.counts))
+        both.append(Measured(run.model.num_layers, measure, losses.counts, before))
     return both[0], both[1]
 
 

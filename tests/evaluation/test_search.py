@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from skv_dist.evaluation.search.constraints import Constraints
 from skv_dist.evaluation.search.eliminate import backward_order
 from skv_dist.evaluation.search.groups import cheapest_cuts, group_costs
 from skv_dist.evaluation.search.measured import Measured, Table
+from skv_dist.evaluation.search.progress import Progress
 from skv_dist.evaluation.search.refine import swapped, with_free_sources
-from skv_dist.evaluation.search.search import search, sizes
+from skv_dist.evaluation.search.search import Result, search, sizes
 
 LAYERS = 8
+NO_CONSTRAINTS = Constraints.of(LAYERS, [], None, 1)
 
 
 def measured(seed: int = 0, noise: float = 0.0, interaction: float = 1.0) -> Measured:
@@ -47,13 +50,13 @@ def best_of_all(model: Measured, size: int, allowed: Callable[[tuple[int, ...]],
 @pytest.mark.parametrize("budget", [0.25, 0.5, 0.75])
 def test_finds_the_best_of_all_sets(seed: int, budget: float) -> None:
     model = measured(seed)
-    (found,) = search(model, [budget], Constraints.of(LAYERS)).found
+    (found,) = search(model, [budget], NO_CONSTRAINTS).found
     assert model.loss_of(found.layers) == pytest.approx(best_of_all(measured(seed), round(budget * LAYERS)), abs=1e-9)
 
 
 def test_cuts_are_the_best_where_costs_add_up() -> None:
     model = measured(3, interaction=0.0)
-    cuts = cheapest_cuts(group_costs(model, Constraints.of(LAYERS), worst=100.0), LAYERS)
+    cuts = cheapest_cuts(group_costs(model, NO_CONSTRAINTS, worst=100.0), LAYERS)
     assert sorted(cuts) == list(range(1, LAYERS + 1))
     for size, layers in cuts.items():
         assert len(layers) == size
@@ -63,7 +66,7 @@ def test_cuts_are_the_best_where_costs_add_up() -> None:
 def test_the_order_is_that_of_plain_backward_elimination_with_fewer_measurements() -> None:
     for seed in range(10):
         model, plain = measured(seed), measured(seed)
-        order, fewest = backward_order(model, Constraints.of(LAYERS))
+        order, fewest = backward_order(model, NO_CONSTRAINTS)
         kept, removed = set(range(LAYERS)), []
         while len(kept) > 1:
             removed.append(min(kept - {0}, key=lambda layer: plain.loss_of(kept - {layer})))
@@ -76,8 +79,8 @@ def test_the_order_is_that_of_plain_backward_elimination_with_fewer_measurements
 def test_a_swap_within_the_noise_is_not_taken() -> None:
     quiet, shaken = measured(1), measured(1, noise=50.0)
     worst = (0, *sorted(range(1, LAYERS), key=lambda layer: quiet.loss_of({0, layer}))[-3:])
-    assert quiet.loss_of(swapped(quiet, Constraints.of(LAYERS), worst)) < quiet.loss_of(worst)
-    kept = swapped(shaken, Constraints.of(LAYERS), worst)
+    assert quiet.loss_of(swapped(quiet, NO_CONSTRAINTS, worst)) < quiet.loss_of(worst)
+    kept = swapped(shaken, NO_CONSTRAINTS, worst)
     table, other = shaken.table_of(kept), shaken.table_of(worst)
     gained = shaken.difference(table, other)
     assert kept == tuple(sorted(worst)) or -gained.mean > gained.error
@@ -132,3 +135,36 @@ def test_what_must_hold_holds(constraints: Constraints) -> None:
 def test_what_cannot_be_is_refused(budgets: list[float], given: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         sizes(budgets, Constraints.of(LAYERS, **given))  # type: ignore[arg-type]
+
+
+def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
+    whole = measured()
+    expected = search(whole, [0.5, 0.25], NO_CONSTRAINTS)
+    calls: list[Table] = []
+
+    def attempt(limit: int) -> Result:
+        progress = Progress(tmp_path / "layers.json.partial", "this one", writes=True)
+        known = progress.read()
+        progress.begin(known)
+
+        def measure(table: Table) -> np.ndarray:
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append(table)
+            sums = measured().sums(table)
+            progress.note("search", table, sums)
+            return sums
+
+        model = Measured(LAYERS, measure, np.full(16, 100.0), known.get("search"))
+        result = search(model, [0.5, 0.25], NO_CONSTRAINTS)
+        progress.end()
+        return result
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(10)
+    with (tmp_path / "layers.json.partial").open("a") as file:
+        file.write('{"part": "search", "map": [0, 0')  # killed while it wrote
+    assert Progress(tmp_path / "layers.json.partial", "another", writes=False).read() == {}
+    assert attempt(10_000) == expected
+    assert len(calls) == len(set(calls)) == whole.num_measured
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """Losses of sharing maps on the same sequences, each measured once, and their differences with an error."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -23,12 +23,19 @@ class Measured:
     Args:
         measure: gives the summed loss of each sequence under a map, float64 [n]; called once for each map.
         counts: predictions that count in each sequence, [n].
+        known: what was measured before.
     """
 
-    def __init__(self, num_layers: int, measure: Callable[[Table], np.ndarray], counts: np.ndarray) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        measure: Callable[[Table], np.ndarray],
+        counts: np.ndarray,
+        known: Mapping[Table, np.ndarray] | None = None,
+    ) -> None:
         self.num_layers = num_layers
         self._measure, self._counts = measure, np.asarray(counts, dtype=np.float64)
-        self._sums: dict[Table, np.ndarray] = {}
+        self._sums = dict(known or {})
 
     @property
     def num_measured(self) -> int:
