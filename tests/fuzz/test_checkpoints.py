@@ -43,7 +43,7 @@ def _damaged(checkpoint: Path, work: Path, choice: float, damage: Damage, is_sea
     return folder, name
 
 
-@examples(60)
+@examples(40)
 @given(choice=choices, damage=damages, is_sealed=st.booleans())
 def test_damage(
     caller: Caller, checkpoint: Path, weights: Tensors, work: Path, choice: float, damage: Damage, is_sealed: bool
@@ -67,7 +67,7 @@ def test_damage(
         json.loads((work / "hf" / "config.json").read_text())
 
 
-@examples(12)
+@examples(6)
 @given(choice=choices, damage=damages, is_sealed=st.booleans())
 def test_an_engine_is_loaded_or_refuses(
     workers: Any, checkpoint: Path, work: Path, choice: float, damage: Damage, is_sealed: bool

@@ -31,7 +31,7 @@ def weights(checkpoint: Path) -> Tensors:
     return _read(checkpoint)
 
 
-@examples(60)
+@examples(25)
 @given(choice=choices, damage=damages)
 def test_from_hf(caller: Caller, stock: Path, weights: Tensors, work: Path, choice: float, damage: Damage) -> None:
     source = fresh(work) / "hf"
@@ -62,7 +62,7 @@ _VALUES = st.one_of(
 )
 
 
-@examples(60)
+@examples(25)
 @given(choice=choices, value=_VALUES, removed=st.booleans())
 def test_fields_of_config(caller: Caller, stock: Path, work: Path, choice: float, value: object, removed: bool) -> None:
     source = fresh(work) / "hf"
@@ -77,7 +77,7 @@ def test_fields_of_config(caller: Caller, stock: Path, work: Path, choice: float
     assert (work / "ours").exists() == (made is not None)
 
 
-@examples(60)
+@examples(25)
 @given(choice=choices, damage=damages, is_config=st.booleans())
 def test_exported(
     caller: Caller, checkpoint: Path, exported: Path, work: Path, choice: float, damage: Damage, is_config: bool
@@ -93,7 +93,7 @@ def test_exported(
     assert (work / "onnx").exists() == (made is not None)
 
 
-@examples(60)
+@examples(25)
 @given(choice=choices, value=_VALUES, removed=st.booleans())
 def test_fields_of_exported(
     caller: Caller, checkpoint: Path, exported: Path, work: Path, choice: float, value: object, removed: bool

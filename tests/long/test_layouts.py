@@ -21,6 +21,21 @@ def test_model_variants_equal_one_process(workers: Any, variant: dict[str, Any],
 
 
 @needs_compiler
-@pytest.mark.parametrize("layout", [Layout(tensor=4), Layout(tensor=2, replicas=2, zero_stage=3)], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tensor=4),
+        Layout(tensor=2, replicas=2, zero_stage=3),
+        Layout(replicas=2, zero_stage=2),
+        Layout(pipeline=2, virtual_pipeline=2, recompute="full"),
+    ],
+    ids=str,
+)
 def test_compiled_equals_one_process(workers: Any, layout: Layout) -> None:
-    compare(workers, layout.processes, layout.settings(train={"compile": True}))
+    compare(workers, layout.processes, layout.settings(train={"compile": True, "micro_batch_size": 2}))
+
+
+@needs_compiler
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v)))
+def test_compiled_model_variants_equal_one_process(workers: Any, variant: dict[str, dict[str, Any]]) -> None:
+    compare(workers, 1, Layout().settings(**variant, train={"compile": True}))

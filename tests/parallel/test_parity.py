@@ -68,9 +68,8 @@ def test_recompute_repeats_the_dropout(workers: Any, parallel: dict[str, Any]) -
 COMPILED: list[tuple[Layout, int]] = [
     (Layout(), 2),
     (Layout(recompute="selective"), GLOBAL_BATCH),
-    (Layout(replicas=2, zero_stage=2), 2),
     (Layout(replicas=2, zero_stage=3, recompute="full"), 2),
-    (Layout(pipeline=2, virtual_pipeline=2, recompute="full"), 2),
+    (Layout(pipeline=2, recompute="full"), 2),
     (Layout(tensor=2, sequence_parallel=True, recompute="selective"), 2),
 ]
 
@@ -82,7 +81,7 @@ def test_compiled_equals_one_process(workers: Any, layout: Layout, micro_batch: 
 
 
 @needs_compiler
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v)))
+@pytest.mark.parametrize("variant", VARIANTS[1:], ids=lambda v: next(iter(v)))
 def test_compiled_model_variants_equal_one_process(workers: Any, variant: dict[str, dict[str, Any]]) -> None:
     compare(workers, 1, Layout().settings(**variant, train={"compile": True}))
 
