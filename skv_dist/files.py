@@ -1,12 +1,14 @@
 """Files and folders that appear whole or not at all: written under a hidden name, then renamed."""
 
 import glob
+import json
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from skv_dist.errors import UserError
 
@@ -16,6 +18,18 @@ WRITING = ".writing"  # ends the name of whatever is not whole yet
 def unfinished_path(path: Path) -> Path:
     """Where ``path`` is written before it appears: hidden, in the same folder, so that a rename is enough."""
     return path.with_name(f".{path.name}{WRITING}")
+
+
+def parse_json(text: str) -> Any:
+    """What a file that may be somebody else's says.
+
+    Raises:
+        ValueError: it is no JSON, or nested more deeply than anything of ours.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_synced(file: Path, content: str | bytes) -> None:

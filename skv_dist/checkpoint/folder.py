@@ -29,7 +29,7 @@ from typing import Any
 from skv_dist.config.load import load_config
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
-from skv_dist.files import WRITING, replace_text, sync_folder, unfinished_path, write_synced
+from skv_dist.files import WRITING, parse_json, replace_text, sync_folder, unfinished_path, write_synced
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -186,11 +186,14 @@ def _delete(folder: Path) -> None:
 
 
 def set_best(root: Path, step: int | None) -> None:
-    """Have ``best`` name the checkpoint of a step, if it is there; else there is no ``best``."""
+    """Have ``best`` name the checkpoint of a step, if it is there.
+
+    Else, where that one could not be written say, ``best`` goes on naming what it does, as long as that is there.
+    """
     folder = None if step is None else folder_of(root, step)
     if folder is not None and folder.is_dir():
         replace_text(root / BEST, folder.name + "\n")
-    else:
+    elif not followed(root / BEST).is_dir():
         (root / BEST).unlink(missing_ok=True)
 
 
@@ -231,7 +234,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {folder} does not exist")
     _require_plain(folder, MANIFEST)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in manifest.items():
             if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str) or not _is_inside(name):
                 raise ValueError
@@ -299,7 +302,7 @@ def verify(folder: Path, share: int = 0, shares: int = 1) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """``state.json``. Raises UserError where it cannot be read; DamagedError where it is not what was written."""
     try:
-        return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
+        return dict(parse_json((folder / STATE).read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {STATE} is missing") from error
     except OSError as error:

@@ -1,10 +1,10 @@
 """What a folder is that was given where a checkpoint is wanted, and which checkpoint is meant."""
 
-import json
 from pathlib import Path
 
 from skv_dist.checkpoint import folder as files
 from skv_dist.errors import UserError
+from skv_dist.files import parse_json
 
 _PREPARED = ("meta.json", "tokens.bin")
 
@@ -76,7 +76,7 @@ def _kind(path: Path, names: set[str]) -> str:
 
 def _of_hugging_face(path: Path) -> str:
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((path / "config.json").read_text(encoding="utf-8"))
         exported = config.get("model_type") == "skv"
     except (OSError, ValueError, AttributeError):
         exported = False

@@ -1,6 +1,5 @@
 """Reading checkpoints: into an engine of any layout, or tensor by tensor."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from skv_dist.checkpoint.shards import empty_parts, restore, shards_to_read
 from skv_dist.config.run import RunConfig
 from skv_dist.data.lane_state import StreamOnDisk, parse_stream
 from skv_dist.errors import UserError
+from skv_dist.files import parse_json
 from skv_dist.parallel.engines.base import Engine, Quantity
 from skv_dist.parallel.processes.agree import first_error
 
@@ -80,7 +80,7 @@ def read_stream(folder: Path) -> StreamOnDisk | None:
     """
     file = folder / files.STREAM
     try:
-        return parse_stream(json.loads(file.read_text(encoding="utf-8")))
+        return parse_stream(parse_json(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except OSError as error:

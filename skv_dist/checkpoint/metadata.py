@@ -53,7 +53,16 @@ class _MetadataUnpickler(pickle.Unpickler):
 class SafeReader(dcp.FileSystemReader):
     """DCP's reader, with its unrestricted unpickling of ``.metadata`` replaced."""
 
+    _read: Metadata | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._read is None:
+            self._read = self._metadata()
+        if self._read.storage_meta is not None:
+            self._read.storage_meta.load_id = self.load_id
+        return self._read
+
+    def _metadata(self) -> Metadata:
         file = Path(self.path) / ".metadata"
         try:
             with file.open("rb") as stream:
@@ -68,8 +77,6 @@ class SafeReader(dcp.FileSystemReader):
         except Exception as error:  # damaged pickles raise almost anything
             cause = cause_in_one_line(error)
             raise UserError(f"checkpoint {self.path} is damaged: .metadata cannot be read ({cause})") from error
-        if metadata.storage_meta is not None:
-            metadata.storage_meta.load_id = self.load_id
         return metadata
 
     def _check(self, metadata: Metadata) -> None:
@@ -153,8 +160,9 @@ def read_into(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         UserError: the folder is damaged, does not hold them with their shapes, or is refused.
     """
     try:
-        SafeReader(folder).read_metadata()  # what dcp.load finds wrong with it, torch logs with a traceback
-        dcp.load(dict(tensors), storage_reader=SafeReader(folder), planner=_TensorPlanner(folder), no_dist=True)
+        reader = SafeReader(folder)
+        reader.read_metadata()  # what dcp.load finds wrong with it, torch logs with a traceback
+        dcp.load(dict(tensors), storage_reader=reader, planner=_TensorPlanner(folder), no_dist=True)
     except DCP_ERRORS as problem:
         cause = cause_of(problem)
         if isinstance(cause, pickle.UnpicklingError):

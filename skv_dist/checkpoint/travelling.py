@@ -13,7 +13,7 @@ from typing import Any
 from skv_dist.checkpoint import folder as files
 from skv_dist.data.tokenizer import Tokenizer, load_tokenizer
 from skv_dist.errors import UserError
-from skv_dist.files import write_synced
+from skv_dist.files import parse_json, write_synced
 
 TOKENIZER = "tokenizer"
 ORIGIN = "origin.json"
@@ -64,7 +64,7 @@ def origin_of(folder: Path) -> dict[str, Any]:
         UserError: it cannot be read, or is not what was written.
     """
     try:
-        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+        origin = parse_json((folder / ORIGIN).read_text(encoding="utf-8"))
         if not isinstance(origin, dict) or not isinstance(origin.get("generation_config", {}), dict):
             raise ValueError("it is no object")
     except FileNotFoundError:

@@ -7,6 +7,7 @@ from typing import Any
 
 from skv_dist.config.run import RunConfig, derive
 from skv_dist.errors import UserError
+from skv_dist.files import replace_text
 from skv_dist.routing import RoutePlan, map_from_cached_layers
 
 
@@ -83,10 +84,16 @@ def plans(arguments: argparse.Namespace, run: RunConfig) -> dict[str, RoutePlan]
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Raises:
-    UserError: the file cannot be written.
+    """An earlier file stays until the new one is whole.
+
+    Raises:
+        UserError: the file cannot be written.
     """
+    text = json.dumps(content, indent=2) + "\n"
     try:
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        if file.exists() and not file.is_file():  # a pipe or a terminal
+            file.write_text(text)
+        else:
+            replace_text(file.resolve(), text)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from error

@@ -82,7 +82,7 @@ def search_layers(argv: list[str]) -> int:
 
     world = groups.start(run.parallel)
     engine = frozen_model(run, arguments.checkpoint, world)
-    progress = _progress(arguments, run, world)
+    progress = _progress(arguments, run)
     seen, unseen = _measured(arguments, run, world, engine, progress)
     result = search(seen, arguments.budgets, constraints, free_sources=arguments.free_sources)
     content = _content(arguments, run, result, seen, unseen, constraints.keep)
@@ -102,19 +102,19 @@ def search_layers(argv: list[str]) -> int:
     return 0
 
 
-def _progress(arguments: argparse.Namespace, run: RunConfig, world: "World") -> "Progress | None":
-    """Where measured maps are noted: beside the file that was asked for."""
+def _progress(arguments: argparse.Namespace, run: RunConfig) -> "Progress | None":
+    """Where measured maps are noted: beside the file that was asked for, unless that is a pipe or a terminal."""
     import hashlib
 
     from skv_dist.checkpoint.folder import MANIFEST, digest
     from skv_dist.config.load import dump_config
     from skv_dist.evaluation.search.progress import Progress
 
-    if arguments.json is None:
+    if arguments.json is None or (arguments.json.exists() and not arguments.json.is_file()):
         return None
     measured_on = f"{digest(arguments.checkpoint / MANIFEST)['sha256']}\n{dump_config(run)}"
     identity = hashlib.sha256(measured_on.encode()).hexdigest()
-    return Progress(arguments.json.with_name(f"{arguments.json.name}.partial"), identity, writes=world.is_first)
+    return Progress(arguments.json.with_name(f"{arguments.json.name}.partial"), identity)
 
 
 def _measured(
@@ -132,9 +132,7 @@ def _measured(
     samples = validation_samples(arguments.checkpoint, run)
     if samples is None:
         raise nothing_held_out(arguments.checkpoint)
-    known = {} if progress is None else on_first_rank(progress.read)
-    if progress is not None:
-        progress.begin(known)
+    known = {} if progress is None else on_first_rank(progress.begin)
     if known and world.is_first:
         print(f"going on with {sum(map(len, known.values()))} maps that were measured before", flush=True)
     both = []

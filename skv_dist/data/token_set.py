@@ -18,7 +18,7 @@ from skv_dist import __version__
 from skv_dist.data.examples import TokenDocument
 from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
-from skv_dist.files import new_folder
+from skv_dist.files import new_folder, parse_json
 
 _HASHES = "documents.hash"
 _ANSWERS = "tokens.answer"
@@ -111,7 +111,7 @@ class PreparedSet:
             if not (folder / name).is_file():
                 raise UserError(f"prepared data {folder}: {name} is missing (make the set with 'skv-data prepare')")
         try:
-            self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+            self.meta: dict[str, Any] = parse_json((folder / "meta.json").read_text())
             fingerprint, name = self.meta["tokenizer_fingerprint"], self.meta["tokenizer"]
             index = IndexedDataset(str(folder / "tokens"), mmap=True).index
             lengths = np.asarray(index.sequence_lengths, dtype=np.int64)

@@ -1,11 +1,11 @@
 """The file that ``skv-eval search --json`` writes, for exports and for training."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from skv_dist.errors import UserError
+from skv_dist.files import parse_json
 from skv_dist.routing.sharing import validate_order, validate_sharing_map
 
 FORMAT = "skv-search/1"
@@ -48,7 +48,7 @@ def read_found(file: Path) -> FoundSets:
     UserError: the file cannot be read, or is none of a search.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except ValueError as error:

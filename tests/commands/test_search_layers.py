@@ -108,6 +108,9 @@ def test_what_does_not_fit_is_refused(found: tuple[str, Any], checkpoint: Path, 
     for wrong in ({**entry, "rise": None}, {**entry, "kv_source_layers": [1] * 8}, {**entry, "budget": "half"}, 5):
         assert refusal(budgets=[wrong])
     assert refusal(order=[0, 0, 1, 2, 3, 4, 5, 6])
+    file.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is no JSON: it is nested too deeply"):
+        read_found(file)
     file.write_text("{")
     with pytest.raises(UserError, match="is no JSON"):
         read_found(file)

@@ -143,9 +143,8 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
     calls: list[Table] = []
 
     def attempt(limit: int) -> Result:
-        progress = Progress(tmp_path / "layers.json.partial", "this one", writes=True)
-        known = progress.read()
-        progress.begin(known)
+        progress = Progress(tmp_path / "layers.json.partial", "this one")
+        known = progress.begin()
 
         def measure(table: Table) -> np.ndarray:
             if len(calls) == limit:
@@ -164,7 +163,17 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
         attempt(10)
     with (tmp_path / "layers.json.partial").open("a") as file:
         file.write('{"part": "search", "map": [0, 0')  # killed while it wrote
-    assert Progress(tmp_path / "layers.json.partial", "another", writes=False).read() == {}
+    assert Progress(tmp_path / "layers.json.partial", "another").read() == {}
     assert attempt(10_000) == expected
     assert len(calls) == len(set(calls)) == whole.num_measured
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_does_not_end_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(tmp_path / "layers.json.partial", "this one")
+    progress.begin()
+    full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115 (closing it would fail)
+    progress._stream = full
+    progress.note("search", (0, 0), np.zeros(2))
+    progress.note("search", (0, 1), np.zeros(2))
+    assert capsys.readouterr().out.count("cannot be written: No space left on device; going on without") == 1

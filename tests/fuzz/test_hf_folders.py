@@ -50,6 +50,24 @@ def test_from_hf(caller: Caller, stock: Path, weights: Tensors, work: Path, choi
         assert all(torch.equal(got[key], value) for key, value in weights.items())
 
 
+def _change_field(folder: Path, choice: float, value: object, removed: bool) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    field = sorted(config)[int(choice * len(config))]
+    config[field] = value
+    if removed:
+        del config[field]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _check_exported(caller: Caller, checkpoint: Path, folder: Path, out: Path) -> None:
+    """Up to where an engine would be started, which takes long."""
+    engine = mock.Mock(side_effect=UserError("no engine is started here"))
+    with mock.patch.object(verify, "run_engine", engine):
+        assert caller.refused_or_right(main, "verify", checkpoint, folder) is None
+    made = caller.refused_or_right(main, "to-onnx", folder, out, "--no-verify")
+    assert out.exists() == (made is not None)
+
+
 _VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -67,12 +85,7 @@ _VALUES = st.one_of(
 def test_fields_of_config(caller: Caller, stock: Path, work: Path, choice: float, value: object, removed: bool) -> None:
     source = fresh(work) / "hf"
     shutil.copytree(stock, source)
-    config = json.loads((source / "config.json").read_text())
-    field = sorted(config)[int(choice * len(config))]
-    config[field] = value
-    if removed:
-        del config[field]
-    (source / "config.json").write_text(json.dumps(config))
+    _change_field(source, choice, value, removed)
     made = caller.refused_or_right(main, "from-hf", source, work / "ours", "--no-verify")
     assert (work / "ours").exists() == (made is not None)
 
@@ -86,11 +99,7 @@ def test_exported(
     folder = fresh(work) / "exported"
     shutil.copytree(exported, folder)
     damage_one(folder, choice, damage, ["config.json"] if is_config else files_of(folder))
-    engine = mock.Mock(side_effect=UserError("no engine is started here"))
-    with mock.patch.object(verify, "run_engine", engine):
-        assert caller.refused_or_right(main, "verify", checkpoint, folder) is None
-    made = caller.refused_or_right(main, "to-onnx", folder, work / "onnx", "--no-verify")
-    assert (work / "onnx").exists() == (made is not None)
+    _check_exported(caller, checkpoint, folder, work / "onnx")
 
 
 @examples(25)
@@ -100,14 +109,5 @@ def test_fields_of_exported(
 ) -> None:
     folder = fresh(work) / "exported"
     shutil.copytree(exported, folder)
-    config = json.loads((folder / "config.json").read_text())
-    field = sorted(config)[int(choice * len(config))]
-    config[field] = value
-    if removed:
-        del config[field]
-    (folder / "config.json").write_text(json.dumps(config))
-    engine = mock.Mock(side_effect=UserError("no engine is started here"))
-    with mock.patch.object(verify, "run_engine", engine):
-        assert caller.refused_or_right(main, "verify", checkpoint, folder) is None
-    made = caller.refused_or_right(main, "to-onnx", folder, work / "onnx", "--no-verify")
-    assert (work / "onnx").exists() == (made is not None)
+    _change_field(folder, choice, value, removed)
+    _check_exported(caller, checkpoint, folder, work / "onnx")

@@ -1,6 +1,7 @@
 """The best checkpoint is kept, a run ends where nothing gets better, and evaluations before the first step."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,20 @@ def test_what_was_best_is_remembered(workers: Any, text: Path, tmp_path: Path) -
     }
     workers(1)(run_training, short)
     assert int((parts / "checkpoints" / "best").read_text().strip()[5:]) <= 2
+
+
+def test_a_best_checkpoint_that_was_not_written_costs_no_earlier_one(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        files.folder_of(tmp_path, step).mkdir()
+        (files.folder_of(tmp_path, step) / files.MANIFEST).write_text("{}")
+    files.set_best(tmp_path, 2)
+    files.set_best(tmp_path, 5)  # its save had failed
+    files.prune(tmp_path, 1, None)
+    assert files.followed(tmp_path / "best") == files.folder_of(tmp_path, 2)
+    assert files.existing(tmp_path) == [files.folder_of(tmp_path, 6), files.folder_of(tmp_path, 2)]
+    shutil.rmtree(files.folder_of(tmp_path, 2))
+    files.set_best(tmp_path, 5)
+    assert not (tmp_path / "best").exists()
 
 
 @pytest.mark.parametrize(

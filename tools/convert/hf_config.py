@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError, cause_in_one_line
@@ -24,6 +24,7 @@ CODE_FIELDS: dict[str, Any] = {
     "model_file": _OUR_MLX_FILE,  # mlx-lm's name for the same thing
 }
 
+_LARGEST = 2**31  # of any size; arithmetic with it overflows nothing
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _NEEDED = (
     "num_hidden_layers",
@@ -66,8 +67,8 @@ class _Given(BaseModel):
     hidden_act: str | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int | None = Field(default=None, le=_LARGEST)
+    head_dim: int | None = Field(default=None, le=_LARGEST)
     tie_word_embeddings: bool | None = None
     initializer_range: float | None = None
     sliding_window: int | None = None
@@ -117,7 +118,7 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         _refuse(config, "model_type", "llama, qwen3 (dense) and mistral")
     for field in _NEEDED:
         if config.get(field) is None:
@@ -126,6 +127,8 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
             _refuse(config, field, "a number")
         if config[field] <= 0:
             _refuse(config, field, "a number above 0")
+        if config[field] > _LARGEST:
+            _refuse(config, field, f"a number up to {_LARGEST}")
     try:
         _Given.model_validate(config)
     except ValidationError as error:

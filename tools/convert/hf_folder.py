@@ -1,6 +1,5 @@
 """Reading a Hugging Face folder: ``config.json`` and safetensors, one file or many."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from skv_dist.errors import UserError
 
+from ..engines.export.exported_config import read_object
 from ..weights import INDEX, SINGLE
 
 _STORED = ("F32", "BF16", "F16")
@@ -17,14 +17,9 @@ _STORED = ("F32", "BF16", "F16")
 def read_json(file: Path) -> dict[str, Any]:
     """Raises UserError where the file is missing or no JSON object."""
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
+        return read_object(file)
     except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{file} is not a JSON object")
-    return fields
+        raise UserError(str(error)) from error
 
 
 class HuggingFaceFolder:

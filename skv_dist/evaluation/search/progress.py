@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from skv_dist.errors import UserError
 from skv_dist.evaluation.search.measured import Table
+from skv_dist.files import replace_text
 
 Sums = dict[Table, np.ndarray]
 
@@ -17,11 +18,10 @@ class Progress:
 
     Args:
         identity: of checkpoint, sequences and configuration. What is noted of others is not used, and written over.
-        writes: whether this process keeps the file; one of all does.
     """
 
-    def __init__(self, file: Path, identity: str, writes: bool) -> None:
-        self.file, self._identity, self._writes = file, identity, writes
+    def __init__(self, file: Path, identity: str) -> None:
+        self.file, self._identity = file, identity
         self._stream: IO[str] | None = None
 
     def read(self) -> dict[str, Sums]:
@@ -39,39 +39,40 @@ class Progress:
             pass
         return found
 
-    def begin(self, known: dict[str, Sums]) -> None:
-        """Keep what is known, and open the file for more.
+    def begin(self) -> dict[str, Sums]:
+        """Keep what is known, open the file for more, and return what `read` does. On one process of all.
 
         Raises:
             UserError: it cannot be written.
         """
-        if not self._writes:
-            return
+        known = self.read()
+        entries = [_entry(part, table, sums) for part, tables in known.items() for table, sums in tables.items()]
         try:
-            self._stream = self.file.open("w", encoding="utf-8")
-            self._write({"identity": self._identity})
+            replace_text(
+                self.file, "".join(json.dumps(entry) + "\n" for entry in [{"identity": self._identity}, *entries])
+            )
+            self._stream = self.file.open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write {self.file}: {error.strerror}") from error
-        for part, tables in known.items():
-            for table, sums in tables.items():
-                self.note(part, table, sums)
+        return known
 
     def note(self, part: str, table: Table, sums: np.ndarray) -> None:
-        """Raises UserError where the file cannot be written."""
+        """Where the file cannot be written any more, this says so once, and the search goes on without."""
         if self._stream is None:
             return
         try:
-            self._write({"part": part, "map": table, "sums": sums.tolist()})
+            self._stream.write(json.dumps(_entry(part, table, sums)) + "\n")
+            self._stream.flush()
         except OSError as error:
-            raise UserError(f"cannot write {self.file}: {error.strerror}") from error
-
-    def _write(self, entry: object) -> None:
-        assert self._stream is not None
-        self._stream.write(json.dumps(entry) + "\n")
-        self._stream.flush()
+            self._stream = None
+            print(f"{self.file} cannot be written: {error.strerror}; going on without", flush=True)
 
     def end(self) -> None:
         """The search is over: what it found stands elsewhere."""
         if self._stream is not None:
             self._stream.close()
             self.file.unlink(missing_ok=True)
+
+
+def _entry(part: str, table: Table, sums: np.ndarray) -> dict[str, Any]:
+    return {"part": part, "map": table, "sums": sums.tolist()}

@@ -109,7 +109,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: it cannot be read, or a field is not what an export writes; naming file and field.
     """
     file = folder / "config.json"
-    config = _read_object(file)
+    config = read_object(file)
     kind = _Ours if config.get("model_type") == "skv" else _Map
     try:
         kind.model_validate(config)
@@ -137,7 +137,7 @@ def read_sampling(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     if not file.exists():
         return {}
-    sampling = _read_object(file)
+    sampling = read_object(file)
     try:
         _Sampling.model_validate(sampling)
     except ValidationError as error:
@@ -145,7 +145,8 @@ def read_sampling(folder: Path) -> dict[str, Any]:
     return sampling
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError where it cannot be read, or is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
