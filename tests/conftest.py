@@ -16,6 +16,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 collect_ignore = ["long"]  # runs when it is named: python -m pytest tests/long
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes stay out of a test's name: compressed ones hold the time, and two workers must find the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session")
 def workers() -> Iterator[Pools]:
     """``workers(n)(job, ...)`` runs a job on n processes."""
