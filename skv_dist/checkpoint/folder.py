@@ -14,6 +14,7 @@ Trust: whoever can write a checkpoint can choose what a run computes, but not wh
 damage, not forgery; `skv_dist.checkpoint.metadata` says how tensors are read.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -35,6 +36,9 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 STREAM = "stream.json"
 CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"  # in the folder of a run, as are the next two
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 LATEST = "latest"
 BEST = "best"
 SUPERSEDED = "superseded"
@@ -220,8 +224,9 @@ def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[Pat
     best = followed(root / BEST)
     for folder in existing(root)[keep_last:]:
         if folder != best and (keep_every is None or step_of(folder) % keep_every):
-            _delete(folder)
-            deleted.append(folder)
+            with contextlib.suppress(FileNotFoundError):  # a run that goes on prunes its own
+                _delete(folder)
+                deleted.append(folder)
     return deleted
 
 

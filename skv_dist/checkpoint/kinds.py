@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from skv_dist.checkpoint import folder as files
+from skv_dist.data.token_set import META, TOKENS
 from skv_dist.errors import UserError
 from skv_dist.files import parse_json
-
-_PREPARED = ("meta.json", "tokens.bin")
 
 
 def checkpoint_at(path: Path) -> Path:
@@ -19,7 +18,7 @@ def checkpoint_at(path: Path) -> Path:
     path = files.followed(path)
     if (path / files.MANIFEST).is_file():
         return path
-    for root in (path / "checkpoints", path):
+    for root in (path / files.CHECKPOINTS, path):
         if root.is_dir() and (complete := files.existing(root)):
             return complete[0]
     refuse_other_kinds(path)
@@ -47,7 +46,7 @@ def _not_there(path: Path) -> str:
     if path.exists():
         return f"checkpoint {path} is a file: a checkpoint is a folder such as RUN/checkpoints/step_00000100"
     missing = f"checkpoint {path} does not exist"
-    for root in (path.parent, path.parent / "checkpoints"):
+    for root in (path.parent, path.parent / files.CHECKPOINTS):
         if root.is_dir() and (complete := files.existing(root)):
             others = ", ".join(folder.name for folder in complete[:5])
             more = f" and {len(complete) - 5} earlier ones" if len(complete) > 5 else ""
@@ -57,17 +56,17 @@ def _not_there(path: Path) -> str:
 
 def _kind(path: Path, names: set[str]) -> str:
     """In one clause what the folder is, and what to do instead."""
-    for root in (path / "checkpoints", path):
+    for root in (path / files.CHECKPOINTS, path):
         if root.is_dir() and (complete := files.existing(root)):
             whose = "it is the folder of a run" if root != path else "it holds the checkpoints of a run"
             return f"{whose}; name one of them, such as the newest, {complete[0]}"
-    if "checkpoints" in names or {"config.yaml", "metrics.jsonl"} <= names:
+    if files.CHECKPOINTS in names or {files.CONFIG, files.METRICS} <= names:
         return "it is the folder of a run that has not written one yet"
     if "genai_config.json" in names:
         return "it is a folder for ONNX Runtime GenAI; name the checkpoint that it was exported from"
     if "config.json" in names:
         return _of_hugging_face(path)
-    if names.issuperset(_PREPARED):
+    if names.issuperset((META, TOKENS)):
         return "it holds prepared data, which belongs into data.sources"
     if "tokenizer.json" in names or "tokenizer_config.json" in names:
         return "it holds a tokenizer, which belongs into data.tokenizer"

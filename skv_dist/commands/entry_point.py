@@ -1,4 +1,4 @@
-"""Entry points of the installed commands: a `UserError` is one line and exit code 2."""
+"""Entry points of the installed commands: a `UserError`, or a file that cannot be used, is one line and exit code 2."""
 
 import contextlib
 import functools
@@ -12,7 +12,8 @@ from types import FrameType
 from skv_dist.errors import UserError
 from skv_dist.parallel.processes.report import report_error, report_once
 
-REFUSED, INTERRUPTED, TERMINATED = 2, 130, 143  # the last two as shells have them
+REFUSED = 2
+INTERRUPTED, TERMINATED, UNREAD = 130, 143, 141  # as shells have them: of SIGINT, SIGTERM and SIGPIPE
 
 
 class _TerminatedError(BaseException):
@@ -21,6 +22,9 @@ class _TerminatedError(BaseException):
 
 def entry_point(main: Callable[[list[str]], int]) -> Callable[[], int]:
     """Turn ``main(argv) -> exit code`` into an entry point on which a `UserError` is one line and exit code 2.
+
+    So is an error of the file system that names a file. Where whoever reads the output has left (``| head``), the
+    command ends without a word.
 
     A process that sits in a collective beside a failed one would wait for its time-out, so once a process group
     exists the failing process leaves at once (`os._exit`), and its launcher ends the others.
@@ -36,10 +40,20 @@ def entry_point(main: Callable[[list[str]], int]) -> Callable[[], int]:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         _clean_up_behind_sigterm()
         try:
-            return main(sys.argv[1:])
+            code = main(sys.argv[1:])
+            sys.stdout.flush()
+            return code
         except UserError as error:
             code = REFUSED
             report_error(error)
+        except BrokenPipeError:
+            code = UNREAD
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds of it
+        except OSError as error:
+            if error.filename is None:
+                raise  # nothing that the user could look at
+            code = REFUSED
+            report_error(f"{os.fsdecode(error.filename)}: {error.strerror}")
         except KeyboardInterrupt:
             code = INTERRUPTED
             report_once("interrupted")

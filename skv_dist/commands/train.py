@@ -299,9 +299,10 @@ def _callbacks(
     best: "Best | None",
 ) -> list["Callback"]:
     """In the order in which they see a step: what measures, what saves, and on the first rank what records."""
+    from skv_dist.checkpoint.folder import METRICS, TENSORBOARD
     from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
     from skv_dist.training.callbacks import Callback, Checkpoints, Console, Evaluation, JsonLines, TensorBoard
-    from skv_dist.training.output_folder import METRICS, TENSORBOARD, folder_of
+    from skv_dist.training.output_folder import folder_of
 
     run, world, engine = trainer.run, trainer.world, trainer.engine
     callbacks: list[Callback] = []

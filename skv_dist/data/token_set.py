@@ -20,6 +20,8 @@ from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
 from skv_dist.files import new_folder, parse_json
 
+META = "meta.json"
+TOKENS = "tokens.bin"
 _HASHES = "documents.hash"
 _ANSWERS = "tokens.answer"
 _SAMPLE = 1 << 16  # tokens
@@ -86,7 +88,7 @@ def write_prepared(out: Path, documents: Iterable[TokenDocument], tokenizer: Tok
             "sources": sources,
             "skv_dist": __version__,
         }
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (unfinished / META).write_text(json.dumps(meta, indent=2) + "\n")
 
 
 class PreparedSet:
@@ -107,11 +109,11 @@ class PreparedSet:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         self.folder = folder
-        for name in ("meta.json", "tokens.bin", "tokens.idx"):
+        for name in (META, TOKENS, "tokens.idx"):
             if not (folder / name).is_file():
                 raise UserError(f"prepared data {folder}: {name} is missing (make the set with 'skv-data prepare')")
         try:
-            self.meta: dict[str, Any] = parse_json((folder / "meta.json").read_text())
+            self.meta: dict[str, Any] = parse_json((folder / META).read_text())
             fingerprint, name = self.meta["tokenizer_fingerprint"], self.meta["tokenizer"]
             index = IndexedDataset(str(folder / "tokens"), mmap=True).index
             lengths = np.asarray(index.sequence_lengths, dtype=np.int64)

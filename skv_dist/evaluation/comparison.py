@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from skv_dist.checkpoint.folder import METRICS
 from skv_dist.errors import UserError
 
 _PREFIX = "eval/loss@"
@@ -14,7 +15,7 @@ def last_losses(run: Path) -> dict[float, float]:
     Raises:
         UserError: the run has no evaluation.
     """
-    file = run / "metrics.jsonl"
+    file = run / METRICS
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from skv_dist.checkpoint.folder import METRICS
 from skv_dist.checkpoint.save import Saver
-from skv_dist.training.output_folder import METRICS
 
 Metrics = dict[str, float | int]
 
@@ -187,6 +188,7 @@ class TensorBoard(Callback):
     def on_start(self, step: int, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _without_tensorboard(threading.excepthook)
         with self._giving_up():
             self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
 
@@ -211,6 +213,19 @@ class TensorBoard(Callback):
             print(
                 f"{self._folder} cannot be written: {reason}; going on without, {METRICS} has the numbers", flush=True
             )
+
+
+def _without_tensorboard(
+    hook: Callable[[threading.ExceptHookArgs], Any],
+) -> Callable[[threading.ExceptHookArgs], Any]:
+    """``hook``, silent on a disk error of the thread that writes events: the next write raises the same in ours."""
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+
+    def show(arguments: threading.ExceptHookArgs) -> None:
+        if not (isinstance(arguments.thread, _AsyncWriterThread) and isinstance(arguments.exc_value, OSError)):
+            hook(arguments)
+
+    return show
 
 
 class Console(Callback):

@@ -3,13 +3,20 @@
 import json
 from pathlib import Path
 
-from skv_dist.checkpoint.folder import clean, existing, read_state, set_best, supersede
+from skv_dist.checkpoint.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    clean,
+    existing,
+    read_state,
+    set_best,
+    supersede,
+)
 from skv_dist.config.load import dump_config
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 from skv_dist.files import replace_text
-
-CONFIG, METRICS, CHECKPOINTS, TENSORBOARD = "config.yaml", "metrics.jsonl", "checkpoints", "tensorboard"
 
 
 def folder_of(run: RunConfig) -> Path:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,81 @@ def test_a_signal_leaves_nothing_half_made(tmp_path: Path, number: signal.Signal
     assert process.communicate()[1] == f"{line}\n"
     assert process.returncode == code
     assert list(tmp_path.iterdir()) == []
+
+
+PREPARES = """
+from skv_dist.commands.prepare_data import main
+sys.argv[2:] = ["--out", sys.argv[1] + "/out", "--workers", "2"]
+sys.argv[1:2] = ["prepare", sys.argv[1] + "/a.jsonl"]
+raise SystemExit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "code", "line"),
+    [
+        pytest.param(signal.SIGINT, True, 130, "interrupted", id="as a terminal sends it"),
+        pytest.param(signal.SIGTERM, False, 143, "terminated", id="as kill does"),
+        pytest.param(signal.SIGTERM, True, 143, "terminated", id="as Slurm does"),
+    ],
+)
+def test_a_signal_ends_the_workers_of_skv_data(
+    tmp_path: Path, number: signal.Signals, to_all: bool, code: int, line: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "once upon a time"}\n' * 1_000_000)
+    command = [sys.executable, "-c", FRAME.format(body=PREPARES), str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 120
+        while not any(file.stat().st_size for file in tmp_path.glob(".out.*/tokens.bin")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (os.killpg if to_all else os.kill)(process.pid, number)
+        printed = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert printed.splitlines()[-1] == line
+    assert "Traceback" not in printed
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+    deadline = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):  # none of its processes is left, after what watches its semaphores
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+WRITES_TO = """
+def main(argv):
+    open(argv[0], "w")
+"""
+TALKS = """
+def main(argv):
+    print("ready", flush=True)
+    sys.stdin.read()
+    for _ in range(int(argv[0])):
+        print("more")
+"""
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    process = started(WRITES_TO, str(tmp_path / "no" / "file.json"))
+    assert process.communicate()[1] == f"skv-any: error: {tmp_path}/no/file.json: No such file or directory\n"
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize("lines", ["2", "100000"], ids=["found out at the end", "found out on the way"])
+def test_a_reader_may_leave(lines: str) -> None:
+    """As ``skv-data show ... | head -1`` does."""
+    command = [sys.executable, "-c", FRAME.format(body=TALKS), lines]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_a_refusal_is_printed_once_on_a_host_under_torchrun(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
         for moment in MOMENTS:
             engine.write(parameter, moment, torch.randn(partitioned_shape(parameter)))
     arguments.dir.mkdir(exist_ok=True, parents=True)
-    root = arguments.dir / "checkpoints"
+    root = arguments.dir / files.CHECKPOINTS
     saver = Saver(engine, run, root)
     folder = files.folder_of(root, 1)
     rows = [

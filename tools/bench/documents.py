@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from skv_dist.commands.entry_point import entry_point
+from skv_dist.data.token_set import META
 from skv_dist.versions import software
 
 _MEAN_LENGTH = 16  # tokens of a document, its end included
@@ -54,7 +55,7 @@ def make(folder: Path, number: int) -> None:
             "content": hashlib.sha256(hashes.tobytes()).hexdigest(),
             "sources": [],
         }
-        (out / "meta.json").write_text(json.dumps(meta))
+        (out / META).write_text(json.dumps(meta))
 
 
 def _private_bytes() -> int:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from skv_dist.checkpoint.folder import METRICS
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.errors import UserError
 
@@ -193,7 +194,7 @@ def _speed_jobs(folder: Path, options: Sequence[str]) -> list[Job]:
 
 def losses(run: Path) -> list[float]:
     """The loss of every step of a run."""
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line)["loss"] for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def _largest_difference(found: Sequence[float], expected: Sequence[float]) -> float:
@@ -279,7 +280,7 @@ def _wait(until: Callable[[], bool], seconds: float) -> float:
 
 
 def _steps(run: Path) -> int:
-    file = run / "metrics.jsonl"
+    file = run / METRICS
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 

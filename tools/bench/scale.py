@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
         engine = None
         rows.append(_measure("start to resume, but for reading", lambda: make(initialize=False)))
     arguments.dir.mkdir(exist_ok=True, parents=True)
-    root = arguments.dir / "checkpoints"
+    root = arguments.dir / files.CHECKPOINTS
     engine.prepare_moments()
     saver = Saver(engine, run, root)
     folder = files.folder_of(root, 1)

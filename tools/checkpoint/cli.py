@@ -33,7 +33,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _prune(arguments: argparse.Namespace) -> None:
     if arguments.keep_last < 1 or (arguments.keep_every or 1) < 1:
         raise UserError("--keep-last and --keep-every must be at least 1")
-    root = arguments.run / "checkpoints"
+    root = arguments.run / files.CHECKPOINTS
     if not root.is_dir():
         raise UserError(f"{arguments.run} holds no checkpoints")
     for folder in files.prune(root, arguments.keep_last, arguments.keep_every):

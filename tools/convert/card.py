@@ -104,7 +104,7 @@ def _comparison(config: dict[str, Any], findings: Sequence[Finding]) -> list[str
 
 def _losses(checkpoint: Path, step: int) -> list[str]:
     """The last evaluation of the run up to ``step``, from its ``metrics.jsonl``; empty without one."""
-    file = checkpoint.parent.parent / "metrics.jsonl"
+    file = checkpoint.parent.parent / files.METRICS
     losses: dict[str, float] = {}
     if file.is_file():
         for metrics in map(json.loads, file.read_text(encoding="utf-8").splitlines()):

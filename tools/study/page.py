@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from skv_dist.checkpoint.folder import CONFIG, METRICS
 from skv_dist.errors import UserError
 
 from .runs import Run
@@ -32,10 +33,10 @@ class Result:
     """What a finished run left in its folder."""
 
     def __init__(self, folder: Path) -> None:
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        lines = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
         self.metrics: list[dict[str, Any]] = list(lines)
         self.output = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        self.config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        self.config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         answers = folder / "questions.json"
         self.scores: dict[str, dict[str, float]] = (
             json.loads(answers.read_text(encoding="utf-8")) if answers.exists() else {}

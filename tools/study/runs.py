@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from skv_dist.checkpoint.folder import CONFIG, METRICS
 from skv_dist.errors import UserError
 
 
@@ -60,8 +61,8 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether its last step is in its metrics: a run that was asked to stop ends without an error too."""
-        config = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-        lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        config = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))
+        lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
         return bool(lines) and json.loads(lines[-1])["step"] == config["train"]["steps"]
 
     @property
