@@ -12,6 +12,7 @@ from tensorboard.summary.writer import record_writer
 from skv_dist.training.callbacks import TensorBoard
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")  # takes the place of the traceback
 def test_a_full_disk_ends_tensorboard_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
