@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import select
 import signal
 import sys
 import warnings
@@ -47,6 +48,8 @@ def entry_point(main: Callable[[list[str]], int]) -> Callable[[], int]:
             code = REFUSED
             report_error(error)
         except BrokenPipeError:
+            if not _reader_has_left():
+                raise  # another pipe, such as one to a process of ours
             code = UNREAD
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds of it
         except OSError as error:
@@ -67,6 +70,13 @@ def entry_point(main: Callable[[list[str]], int]) -> Callable[[], int]:
         return code
 
     return run
+
+
+def _reader_has_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _clean_up_behind_sigterm() -> None:

@@ -39,11 +39,11 @@ def encoded(documents: Iterable[Document], tokenizer: Tokenizer, workers: int) -
         waiting: deque[Future[Encoded]] = deque()
         batches = _batches(documents)
         for batch in islice(batches, workers * _AHEAD):
-            waiting.append(pool.submit(_encode_batch, batch))
+            waiting.append(_submit(pool, batch))
         while waiting:
             done = waiting.popleft().result()
             for batch in islice(batches, 1):
-                waiting.append(pool.submit(_encode_batch, batch))
+                waiting.append(_submit(pool, batch))
             yield from done
     except BrokenProcessPool as error:
         raise UserError(
@@ -52,6 +52,18 @@ def encoded(documents: Iterable[Document], tokenizer: Tokenizer, workers: int) -
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, batch: list[Document]) -> Future[Encoded]:
+    """Hand over a batch, and start a worker where one is wanted.
+
+    It starts with Ctrl-C blocked, as it may arrive before `_start` is reached.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_encode_batch, batch)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -120,6 +120,18 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     assert process.returncode == 2
 
 
+LOSES_ANOTHER_PIPE = """
+def main(argv):
+    raise BrokenPipeError(32, argv[0])
+"""
+
+
+def test_another_broken_pipe_is_no_quiet_end() -> None:
+    process = started(LOSES_ANOTHER_PIPE, "to a worker")
+    assert "to a worker" in process.communicate()[1]
+    assert process.returncode == 1
+
+
 @pytest.mark.parametrize("lines", ["2", "100000"], ids=["found out at the end", "found out on the way"])
 def test_a_reader_may_leave(lines: str) -> None:
     """As ``skv-data show ... | head -1`` does."""
