@@ -42,7 +42,7 @@ def entry_point(main: Callable[[list[str]], int]) -> Callable[[], int]:
         _clean_up_behind_sigterm()
         try:
             code = main(sys.argv[1:])
-            sys.stdout.flush()
+            print(end="", flush=True)  # of which nothing comes where standard output is closed
             return code
         except UserError as error:
             code = REFUSED
@@ -53,10 +53,10 @@ def entry_point(main: Callable[[list[str]], int]) -> Callable[[], int]:
             code = UNREAD
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds of it
         except OSError as error:
-            if error.filename is None:
-                raise  # nothing that the user could look at
+            if not isinstance(error.filename, str | bytes | os.PathLike):
+                raise  # nothing that the user could look at: none, or the number of an open file
             code = REFUSED
-            report_error(f"{os.fsdecode(error.filename)}: {error.strerror}")
+            report_error(f"{os.fsdecode(error.filename)}: {error.strerror or error}")
         except KeyboardInterrupt:
             code = INTERRUPTED
             report_once("interrupted")
@@ -65,7 +65,7 @@ def entry_point(main: Callable[[list[str]], int]) -> Callable[[], int]:
             report_once("terminated")
         torch = sys.modules.get("torch")
         if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-            sys.stdout.flush()
+            print(end="", flush=True)
             os._exit(code)
         return code
 
@@ -74,6 +74,8 @@ def entry_point(main: Callable[[list[str]], int]) -> Callable[[], int]:
 
 def _reader_has_left() -> bool:
     """Whether standard output is a pipe that nobody reads any more."""
+    if sys.stdout is None:  # closed from the start
+        return False
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -46,7 +46,7 @@ def write_prepared(out: Path, documents: Iterable[TokenDocument], tokenizer: Tok
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     with new_folder(out) as unfinished:
-        builder = IndexedDatasetBuilder(str(unfinished / "tokens.bin"), dtype=_token_dtype(tokenizer.vocab_size))
+        builder = IndexedDatasetBuilder(str(unfinished / TOKENS), dtype=_token_dtype(tokenizer.vocab_size))
         num_tokens = num_documents = 0
         content = hashlib.sha256()
         if tokenizer.begin_of_document is not None:  # other tokens of the same text than in earlier versions
@@ -131,10 +131,10 @@ class PreparedSet:
             )
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
         expected = int(self.offsets[-1]) * np.dtype(index.dtype).itemsize
-        num_bytes = (folder / "tokens.bin").stat().st_size
+        num_bytes = (folder / TOKENS).stat().st_size
         if num_bytes != expected:
             raise UserError(f"prepared data {folder}: tokens.bin has {num_bytes} bytes, tokens.idx says {expected}")
-        self.tokens = np.memmap(folder / "tokens.bin", dtype=index.dtype, mode="r")
+        self.tokens = np.memmap(folder / TOKENS, dtype=index.dtype, mode="r")
         self._vocab_size = None if tokenizer is None else tokenizer.vocab_size
         self.hashes = None if content is None else self._read_hashes()
         self.content: str = content or self._content_of_tokens()

@@ -120,6 +120,19 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     assert process.returncode == 2
 
 
+SUCCEEDS = """
+def main(argv):
+    print("done")
+    return 0
+"""
+
+
+def test_a_closed_output_is_no_failure() -> None:
+    command = f"exec '{sys.executable}' -c \"$0\" >&-"
+    done = subprocess.run(["sh", "-c", command, FRAME.format(body=SUCCEEDS)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 LOSES_ANOTHER_PIPE = """
 def main(argv):
     raise BrokenPipeError(32, argv[0])

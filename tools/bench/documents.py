@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 
 from skv_dist.commands.entry_point import entry_point
-from skv_dist.data.token_set import META
 from skv_dist.versions import software
 
 _MEAN_LENGTH = 16  # tokens of a document, its end included
@@ -28,6 +27,7 @@ def make(folder: Path, number: int) -> None:
     """A set of bytes, as `skv_dist.data.token_set.write_prepared` would write it."""
     from megatron.core.datasets.indexed_dataset import _IndexWriter
 
+    from skv_dist.data.token_set import META, TOKENS
     from skv_dist.data.tokenizer import ByteTokenizer
     from skv_dist.files import new_folder
 
@@ -37,7 +37,7 @@ def make(folder: Path, number: int) -> None:
         ends = np.cumsum(lengths, dtype=np.int64)
         tokens = random.integers(3, 259, int(ends[-1]), dtype=np.uint16)
         tokens[ends - 1] = tokenizer.end_of_document
-        tokens.tofile(out / "tokens.bin")
+        tokens.tofile(out / TOKENS)
         with _IndexWriter(str(out / "tokens.idx"), np.uint16) as index:
             index.write(lengths.tolist(), None, range(number + 1))
         hashes = random.integers(0, 2**63, number, dtype=np.uint64)
