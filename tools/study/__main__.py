@@ -22,7 +22,9 @@ command goes on where it was stopped. The file names:
 step, beside the maps of ``eval.retention``. ``questions``, of the study and of a variant, are arguments of ``skv-eval
 questions`` behind the checkpoint: its scores are measured likewise.
 
-All variants run with ``seeds``, in the order given; then those with ``more_seeds`` run with these too.
+All variants run with ``seeds``, in the order given; then those with ``more_seeds`` run with these too. In ``set``,
+``{seed}`` stands for the seed of the run. A run that reads from the folder of another (a teacher, initial weights)
+waits until that one is finished, and those behind it go first.
 """
 
 import argparse
@@ -75,8 +77,13 @@ def execute(runs: Sequence[Run], devices: Sequence[str], say: Callable[[str], No
         while waiting or running:
             for device in devices:
                 used = sum(run.share for run, place, *_ in running if place == device)
-                if waiting and used + waiting[0].share < 1.001:
-                    run = waiting.pop(0)
+                run = next((run for run in waiting if all(other.record for other in run.needs)), None)
+                if run is None and waiting and not running:
+                    lost = {f"{one.variant}, seed {one.seed}" for run in waiting for one in run.needs if not one.record}
+                    say(f"{len(waiting)} not started, which read from what is not finished: {'; '.join(sorted(lost))}")
+                    return failed + len(waiting)
+                if run is not None and used + run.share < 1.001:
+                    waiting.remove(run)
                     say(f"{run.variant}, seed {run.seed}: started" + (f" on GPU {device}" if device else ""))
                     running.append((run, device, start(run, device), time.time()))
             time.sleep(1)

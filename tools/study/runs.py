@@ -35,6 +35,7 @@ class Run:
     share: float  # of a GPU
     cached_layers: list[list[int]] = field(default_factory=list)  # sets of owners to measure behind the last step
     questions: list[str] = field(default_factory=list)  # arguments of ``skv-eval questions``, likewise
+    needs: list["Run"] = field(default_factory=list)  # runs whose folders it reads from
 
     @property
     def maps(self) -> Path:
@@ -86,7 +87,8 @@ def load(file: Path) -> tuple[dict[str, Any], list[Run]]:
                 for seed in study["seeds"] if key == "seeds" else variant.get("more_seeds", []):
                     folder = Path(study["output"], name, str(seed))
                     base = Path(os.path.relpath(file.parent / study["base"]))
-                    arguments = [str(base), *variant["set"], f"train.seed={seed}", f"train.output_dir={folder}"]
+                    given = [text.replace("{seed}", str(seed)) for text in variant["set"]]
+                    arguments = [str(base), *given, f"train.seed={seed}", f"train.output_dir={folder}"]
                     sets = variant.get("cached_layers", [])
                     questions = [*study.get("questions", []), *variant.get("questions", [])]
                     arguments += ["checkpoint.at_end=true"] if sets or questions else []
@@ -96,4 +98,8 @@ def load(file: Path) -> tuple[dict[str, Any], list[Run]]:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
     except (yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"{file} is no study: {error!r}; see python -m skv_tools.study --help") from error
+    for run in runs:
+        run.needs = [
+            other for other in runs if other is not run and any(f"{other.folder}/" in text for text in run.arguments)
+        ]
     return study, runs

@@ -74,6 +74,31 @@ def test_what_is_missing_is_run_and_the_page_says_it(folder: Path) -> None:
     )
 
 
+def test_a_run_waits_for_the_one_that_it_reads_from(folder: Path) -> None:
+    variants = {
+        "student": {"set": ["routing.policy=r_cla", "distillation.teacher=runs/teacher/{seed}/checkpoints"]},
+        "teacher": {"set": ["routing.policy=none"]},
+    }
+    _, runs = load(write(folder, variants=variants, runs_per_gpu=8))
+    said: list[str] = []
+    assert study.execute(runs, [""], said.append) == 0
+    for seed in (1, 2):
+        begins = said.index(f"student, seed {seed}: started")
+        assert any(line.startswith(f"teacher, seed {seed}: finished") for line in said[:begins])
+    assert "distillation.teacher=runs/teacher/2/checkpoints" in runs[1].arguments
+
+
+def test_what_reads_from_a_failed_run_is_counted_as_failed(folder: Path) -> None:
+    variants = {
+        "student": {"set": ["routing.policy=r_cla", "distillation.teacher=runs/teacher/{seed}/checkpoints"]},
+        "teacher": {"set": ["routing.policy=broken"]},
+    }
+    _, runs = load(write(folder, seeds=[1], variants=variants))
+    said: list[str] = []
+    assert study.execute(runs, [""], said.append) == 2
+    assert said[-1] == "1 not started, which read from what is not finished: teacher, seed 1"
+
+
 @pytest.mark.parametrize("argument", ["routing.policy=broken", "train.stops=1"])
 def test_a_run_that_fails_or_stops_early_is_not_taken_for_finished(folder: Path, argument: str) -> None:
     arguments = ["routing.policy=none"] if argument.startswith("train") else []
