@@ -91,9 +91,10 @@ def execute(runs: Sequence[Run], devices: Sequence[str], say: Callable[[str], No
                 run, device, process, began = entry
                 running.remove(entry)
                 seconds = time.time() - began
-                trained = process.returncode == 0 and run.complete
                 missing = [measurement for measurement in run.measurements if not measurement.file.exists()]
-                if trained and missing and not missing[0].output.exists():
+                asked = [measurement.output for measurement in run.measurements if measurement.output.exists()]
+                trained = asked or (process.returncode == 0 and run.complete)  # of what is asked, one has just ended
+                if trained and missing and missing[0].output not in asked:
                     running.append((run, device, evaluate(missing[0], device), began))
                     continue
                 if not trained or missing:

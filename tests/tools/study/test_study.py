@@ -109,6 +109,18 @@ def test_a_run_that_fails_or_stops_early_is_not_taken_for_finished(folder: Path,
     assert "failed" in said[-1]
 
 
+def test_a_measurement_that_fails_says_why_and_does_not_train_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "stand_in_evaluation.py").write_text("import sys; sys.exit('the questions have no form')")
+    monkeypatch.setattr(study, "EVALUATE", "stand_in_evaluation")
+    _, runs = load(write(folder, seeds=[1], variants={"asked": {"set": ["routing.policy=none"], "questions": ["q"]}}))
+    said: list[str] = []
+    assert study.execute(runs, [""], said.append) == 1
+    assert said[1:] == ["asked, seed 1: failed: the questions have no form"]
+    assert runs[0].record is None
+
+
 def test_a_difference_needs_two_seeds_and_shows_its_error() -> None:
     assert difference([0.5]) == ""
     assert difference([0.1, 0.2, 0.3]) == "**+0.200** (error 0.058; -0.048 to +0.448)"
