@@ -25,7 +25,7 @@ for run in r_cla:r_cla dense:none; do
 done
 
 echo "== loss by cache size"
-python -m skv_dist.commands.compare_runs "$out/r_cla" "$out/dense" --out "$out"
+skv-eval compare "$out/r_cla" "$out/dense" --out "$out"
 echo "== text sampled from the routed model with half of its cache"
 skv-eval "$out"/r_cla/checkpoints/step_* --retention 0.5 --prompt 'def read_file(path):' --new-tokens 200 --temperature 0.7
 echo "== done: $((SECONDS - began)) s after installation"

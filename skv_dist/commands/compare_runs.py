@@ -1,16 +1,23 @@
-"""``python -m skv_dist.commands.compare_runs RUN ...``: the loss of several runs by cache size, as table and plot."""
+"""``skv-eval compare RUN ...``: the last loss of several runs by cache size, as table and plot."""
 
 from pathlib import Path
 
 from skv_dist.commands.arguments import ArgumentParser
-from skv_dist.commands.entry_point import entry_point
 from skv_dist.errors import UserError
 from skv_dist.evaluation.comparison import last_losses, plot_losses, retention_table
 
 
-@entry_point
-def main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m skv_dist.commands.compare_runs", description=__doc__)
+def compare_runs(argv: list[str]) -> int:
+    """The command behind its name.
+
+    Raises:
+        UserError: a run has no evaluation, or the runs have none in common.
+    """
+    parser = ArgumentParser(
+        prog="skv-eval compare",
+        description=__doc__,
+        epilog="example: skv-eval compare runs/routed runs/dense --out runs/comparison",
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     parser.add_argument("--out", type=Path, required=True, help="folder for retention.md and retention.png")
     arguments = parser.parse_args(argv)
@@ -25,7 +32,3 @@ def main(argv: list[str]) -> int:
     print(text)
     print(f"saved {arguments.out / 'retention.md'} and {arguments.out / 'retention.png'}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -21,13 +21,15 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="skv-eval",
         description=__doc__,
-        epilog="skv-eval questions CHECKPOINT FILE scores answers to questions, skv-eval search CHECKPOINT looks for "
-        "the layers whose cache is worth most (skv-eval questions --help, skv-eval search --help)",
+        epilog="example: skv-eval RUN --retention 1 0.5 --prompt 'Once upon a time'. Other commands, each with --help: "
+        "skv-eval questions CHECKPOINT FILE scores answers to questions, skv-eval search CHECKPOINT looks for the "
+        "layers whose cache is worth most, skv-eval compare RUN ... sets the last losses of runs side by side",
     )
     parser.add_argument(
         "checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100; RUN means its newest"
     )
     maps.add_arguments(parser)
+    maps.add_data(parser)
     parser.add_argument("--samples", type=int, help="validation sequences to use (default: eval.samples)")
     parser.add_argument("--prompt", help="sample text that goes on from here, under each map")
     parser.add_argument("--new-tokens", type=int, default=200, help="length of sampled text (default: 200)")
@@ -45,6 +47,10 @@ def main(argv: list[str]) -> int:
         from skv_dist.commands.search_layers import search_layers
 
         return search_layers(argv[1:])
+    if argv and argv[0] == "compare":
+        from skv_dist.commands.compare_runs import compare_runs
+
+        return compare_runs(argv[1:])
     from skv_dist.checkpoint.kinds import checkpoint_at
 
     arguments = maps.parse(_parser(), argv)

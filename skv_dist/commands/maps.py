@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from skv_dist.config.data import DataConfig
 from skv_dist.config.run import RunConfig, derive
 from skv_dist.errors import UserError
 from skv_dist.files import replace_text
@@ -34,6 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Of commands that measure losses: on which text."""
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="measure on these files, folders or prepared sets instead of on what the run held out, whose files are "
+        "not needed then; fields are named as in the run's first source of the same format",
+    )
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -67,9 +79,31 @@ def configuration(arguments: argparse.Namespace, asked: list[str]) -> RunConfig:
 
     if getattr(arguments, "retention", None) is not None:
         asked = [f"eval.retention={json.dumps(arguments.retention)}", *asked]
+    if getattr(arguments, "data", None) is not None:
+        asked = [*_data_overrides(arguments.data, config_of(arguments.checkpoint).data), *asked]
     run = config_of(arguments.checkpoint, [*asked, *arguments.overrides])
     derive(run, launcher.world_size())
     return run
+
+
+def _data_overrides(paths: list[str], trained: DataConfig) -> list[str]:
+    """Keys by which `paths` are all that is read. Fields are named as in the run's first source of the same format."""
+    from skv_dist.data.local_files import format_of_all
+    from skv_dist.data.token_set import META
+
+    sources = []
+    for path in paths:
+        place = Path(path).expanduser()
+        if not place.exists():
+            raise UserError(f"--data {path}: there is no such file or folder")
+        kind = "prepared" if (place / META).is_file() else format_of_all(path, [])
+        like = next((source for source in trained.sources if source.format == kind), None)
+        fields = (
+            like.model_dump(include={"text_field", "prompt_field", "response_field", "messages_field"}) if like else {}
+        )
+        sources.append({"path": path, "format": kind, **fields})
+    both = json.dumps(sources)
+    return [f"data.sources={both}", f"data.validation_sources={both}", "data.streaming=false"]
 
 
 def plans(arguments: argparse.Namespace, run: RunConfig) -> dict[str, RoutePlan]:

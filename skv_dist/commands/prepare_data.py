@@ -13,7 +13,11 @@ from skv_dist.errors import UserError
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="skv-data", description=__doc__)
+    parser = ArgumentParser(
+        prog="skv-data",
+        description=__doc__,
+        epilog="example: skv-data prepare 'corpus/**/*.jsonl' --tokenizer MODEL --out data/corpus",
+    )
     actions = parser.add_subparsers(dest="action", required=True)
     prepare = actions.add_parser(
         "prepare",

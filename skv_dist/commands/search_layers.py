@@ -40,6 +40,7 @@ def _parser() -> ArgumentParser:
         type=int,
         help="validation sequences to search on; as many behind them measure what was found (default: eval.samples)",
     )
+    maps.add_data(parser)
     parser.add_argument("--keep", type=int, nargs="+", default=[], metavar="L", help="layers that keep their cache")
     parser.add_argument("--apart", type=int, metavar="N", help="at most so many layers use one cache")
     parser.add_argument(

@@ -32,7 +32,8 @@ def parse(argv: list[str]) -> RunConfig:
         prog="skv-train",
         usage="skv-train CONFIG.yaml [section.key=value ...]\n       skv-train --explain [section.key]",
         description="Train from one YAML file, under plain python, torchrun or deepspeed alike.",
-        epilog="Every key with its meaning and default: configs/reference.yaml, or python -m skv_dist.config.reference",
+        epilog="example: skv-train configs/tiny.yaml train.steps=100 train.output_dir=runs/tiny. Every key with its "
+        "meaning and default: configs/reference.yaml, or python -m skv_dist.config.reference",
     )
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.yaml", help="what the run is")
     parser.add_argument(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from skv_dist.commands.compare_runs import main
+from skv_dist.commands.evaluate import main
 
 
 def write_run(folder: Path, *lines: dict[str, float]) -> Path:
@@ -16,7 +16,7 @@ def write_run(folder: Path, *lines: dict[str, float]) -> Path:
 
 
 def compare(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["compare_runs", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["skv-eval", "compare", *map(str, arguments)])
     return main()
 
 

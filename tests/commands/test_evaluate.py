@@ -69,3 +69,22 @@ def test_a_process_alone_needs_no_port(run: tuple[Path, dict[str, Any]], tmp_pat
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(busy.getsockname()[1])}
         command = Command(EVALUATE, [str(run[0]), "eval.samples=1"], place, tmp_path / "log")
         assert command.wait() == 0, command.printed
+
+
+def test_other_text_is_measured_without_that_of_the_run(workers: Any, text: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"story": f"{number} times {number} is {number * number}. " * 8}) for number in range(200)]
+    sources = []
+    for name, part in (("seen", lines[:120]), ("other", lines[120:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
+        sources.append({"path": str(tmp_path / f"{name}.jsonl"), "format": "jsonl", "text_field": "story"})
+    data = {"sources": sources[:1], "validation_sources": sources[1:]}
+    settings = run_settings(text, tmp_path / "run", train={"steps": STEPS}, eval={"every": STEPS}, data=data)
+    metrics = workers(1)(run_training, settings)[0][-1]
+    (tmp_path / "seen.jsonl").unlink()  # as on another machine
+    moved = (tmp_path / "other.jsonl").rename(tmp_path / "moved.jsonl")
+    checkpoint = files.folder_of(tmp_path / "run" / "checkpoints", STEPS)
+    _, losses = evaluate(tmp_path, checkpoint, "--data", moved)
+    assert losses == pytest.approx({name: metrics[f"eval/{name}"] for name in losses}, rel=1e-6)
+    command = Command(EVALUATE, [str(checkpoint), "--data", str(tmp_path / "gone")], {}, tmp_path / "printed.log")
+    assert command.wait() == 2
+    assert f"--data {tmp_path / 'gone'}: there is no such file or folder" in command.printed

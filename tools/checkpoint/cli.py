@@ -41,22 +41,34 @@ def _prune(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="skv-checkpoint", description=__doc__)
+    parser = ArgumentParser(prog="skv-checkpoint", description=__doc__, epilog="example: skv-checkpoint inspect RUN")
     actions = parser.add_subparsers(required=True)
 
-    inspect = actions.add_parser("inspect", help="step, layout, size and tensors of a checkpoint")
+    inspect = actions.add_parser(
+        "inspect",
+        help="step, layout, size and tensors of a checkpoint",
+        epilog="example: skv-checkpoint inspect RUN --tensors",
+    )
     inspect.set_defaults(action=_inspect)
     inspect.add_argument(
         "checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100; RUN means its newest"
     )
     inspect.add_argument("--tensors", action="store_true", help="list every tensor with its shape")
 
-    export = actions.add_parser("export", help="write the fp32 weights to safetensors, under global names")
+    export = actions.add_parser(
+        "export",
+        help="write the fp32 weights to safetensors, under global names",
+        epilog="example: skv-checkpoint export RUN weights",
+    )
     export.set_defaults(action=_export)
     export.add_argument("checkpoint", type=Path)
     export.add_argument("out", type=Path, help="folder to create")
 
-    prune = actions.add_parser("prune", help="delete old checkpoints of a run")
+    prune = actions.add_parser(
+        "prune",
+        help="delete old checkpoints of a run",
+        epilog="example: skv-checkpoint prune RUN --keep-last 3 --keep-every 1000",
+    )
     prune.set_defaults(action=_prune)
     prune.add_argument("run", type=Path, help="train.output_dir")
     prune.add_argument("--keep-last", type=int, required=True, metavar="N")

@@ -176,17 +176,28 @@ def _to_onnx(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="skv-convert", description=__doc__)
+    parser = ArgumentParser(
+        prog="skv-convert", description=__doc__, epilog="example: skv-convert to-hf RUN out --retention 0.5"
+    )
     actions = parser.add_subparsers(required=True)
 
-    start = actions.add_parser("from-hf", help="Llama, Qwen3 or Mistral folder -> checkpoint for checkpoint.init_from")
+    start = actions.add_parser(
+        "from-hf",
+        help="Llama, Qwen3 or Mistral folder -> checkpoint for checkpoint.init_from",
+        epilog="example: skv-convert from-hf Qwen3-0.6B weights/qwen3; a configuration then begins with "
+        "base: weights/qwen3/model.yaml",
+    )
     start.set_defaults(action=_from_hf)
     start.add_argument("folder", type=Path, help="holds config.json, safetensors and a tokenizer")
     start.add_argument("out", type=Path, help="folder to create")
     start.add_argument("--tokenizer", metavar="NAME", help="for data.tokenizer (default: the folder's own)")
     start.add_argument("--no-verify", action="store_true", help="do not compare with the folder, in transformers")
 
-    export = actions.add_parser("to-hf", help="checkpoint of any layout -> folder for inference engines")
+    export = actions.add_parser(
+        "to-hf",
+        help="checkpoint of any layout -> folder for inference engines",
+        epilog="example: skv-convert to-hf RUN out --from-search layers.json --budget 0.5",
+    )
     export.set_defaults(action=_to_hf)
     export.add_argument(
         "checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100; RUN means its newest"
@@ -208,13 +219,21 @@ def _parser() -> ArgumentParser:
     export.add_argument("--no-verify", action="store_true", help="do not compare with the checkpoint")
     _add_text(export)
 
-    adapters = actions.add_parser("to-peft", help="adapters of a checkpoint (lora) -> folder for peft")
+    adapters = actions.add_parser(
+        "to-peft",
+        help="adapters of a checkpoint (lora) -> folder for peft",
+        epilog="example: skv-convert to-peft RUN out",
+    )
     adapters.set_defaults(action=_to_peft)
     adapters.add_argument("checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100, or RUN")
     adapters.add_argument("out", type=Path, help="folder to create")
     adapters.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32")
 
-    check = actions.add_parser("verify", help="compare an exported folder with its checkpoint, in an engine")
+    check = actions.add_parser(
+        "verify",
+        help="compare an exported folder with its checkpoint, in an engine",
+        epilog="example: skv-convert verify RUN out --engine vllm --python vllm/bin/python",
+    )
     check.set_defaults(action=_verify)
     check.add_argument("checkpoint", type=Path)
     check.add_argument("exported", type=Path)
@@ -222,7 +241,11 @@ def _parser() -> ArgumentParser:
     check.add_argument("--python", default=sys.executable, help="interpreter that has the engine (default: this one)")
     _add_text(check)
 
-    onnx = actions.add_parser("to-onnx", help="exported folder -> folder for ONNX Runtime GenAI")
+    onnx = actions.add_parser(
+        "to-onnx",
+        help="exported folder -> folder for ONNX Runtime GenAI",
+        epilog="example: skv-convert to-onnx out out-onnx",
+    )
     onnx.set_defaults(action=_to_onnx)
     onnx.add_argument("exported", type=Path)
     onnx.add_argument("out", type=Path, help="folder to create")
