@@ -1,19 +1,16 @@
 """``skv-eval questions``: answers to the questions of a file, scored at several cache sizes."""
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from skv_dist.commands import maps
 from skv_dist.commands.arguments import ArgumentParser
-from skv_dist.config.data import SourceConfig
-from skv_dist.config.run import RunConfig
+from skv_dist.config.train import QuestionsConfig
 from skv_dist.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
-    from skv_dist.data.tokenizer import Tokenizer
-    from skv_dist.evaluation.questions import Question, Score
+    from skv_dist.evaluation.questions import Score
 
 
 def _parser() -> ArgumentParser:
@@ -56,14 +53,23 @@ def evaluate_questions(argv: list[str]) -> int:
 
     from skv_dist.checkpoint.frozen_model import frozen_model
     from skv_dist.checkpoint.travelling import end_tokens, origin_of, tokenizer_of
-    from skv_dist.evaluation.questions import answer_questions
+    from skv_dist.evaluation.questions import answer_questions, read_questions
     from skv_dist.parallel.decode import check_decodable
     from skv_dist.parallel.processes import groups
 
     check_decodable(run)
     plans = maps.plans(arguments, run)
     tokenizer = tokenizer_of(arguments.checkpoint, run.data.tokenizer)
-    questions = _questions(arguments, run, tokenizer)
+    asked = QuestionsConfig(
+        path=arguments.file,
+        prompt_field=arguments.prompt_field,
+        answers_field=arguments.answers_field,
+        chat=arguments.chat,
+        number=arguments.number,
+        new_tokens=arguments.new_tokens,
+        batch_size=arguments.batch_size,
+    )
+    questions = read_questions(asked, run, tokenizer, ("--prompt-field", "--answers-field"))
     world = groups.start(run.parallel)
     engine = frozen_model(run, arguments.checkpoint, world)
     scores = answer_questions(
@@ -84,34 +90,6 @@ def evaluate_questions(argv: list[str]) -> int:
             maps.write_json(arguments.json, {name: score.as_json() for name, score in scores.items()})
     groups.stop()
     return 0
-
-
-def _questions(arguments: argparse.Namespace, run: RunConfig, tokenizer: "Tokenizer") -> "list[Question]":
-    from skv_dist.data.local_files import format_of
-    from skv_dist.evaluation.questions import read_questions
-
-    trained = next((source for source in run.data.sources if source.prompt_field is not None), None)
-    prompt = arguments.prompt_field or (trained.prompt_field if trained else None)
-    answers = arguments.answers_field or _single_field(trained)
-    if prompt is None or answers is None:
-        raise UserError(
-            "the checkpoint was not trained on prompts, so that questions have no form: give --prompt-field and "
-            "--answers-field"
-        )
-    if not Path(arguments.file).expanduser().is_file():
-        raise UserError(f"{arguments.file} is no file")
-    source = SourceConfig(path=arguments.file, format="parquet" if format_of(arguments.file) == "parquet" else "jsonl")
-    questions = read_questions(source, prompt, answers, tokenizer, chat=arguments.chat)
-    return questions[: arguments.number]
-
-
-def _single_field(source: SourceConfig | None) -> str | None:
-    from skv_dist.data.row_documents import TextTemplate
-
-    if source is None or source.response_field is None:
-        return None
-    fields = TextTemplate(source.response_field, "response_field").fields
-    return fields[0] if len(fields) == 1 else None
 
 
 def _progress(total: int, *, shown: bool) -> Callable[[int], None]:

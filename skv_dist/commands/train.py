@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import INTERRUPTED, entry_point
 from skv_dist.config.load import load_config
-from skv_dist.config.run import Derived, RunConfig, check_best, check_lanes, derive
+from skv_dist.config.run import Derived, RunConfig, check_best, check_lanes, check_questions, derive
 from skv_dist.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
@@ -78,6 +78,7 @@ def train(run: RunConfig) -> signal.Signals | None:
     derived = derive(run, launcher.world_size())
     check_lanes(run, derived)
     check_best(run)
+    check_questions(run)
     check_device(run)
     transformer_impl(run)
     tokenizer = load_tokenizer(run.data.tokenizer)
@@ -179,7 +180,7 @@ def _train_in_folder(
 ) -> signal.Signals | None:
     from skv_dist.checkpoint import resume
     from skv_dist.checkpoint.save import Saver
-    from skv_dist.checkpoint.travelling import travelling_files
+    from skv_dist.checkpoint.travelling import end_tokens, origin_of, travelling_files
     from skv_dist.parallel.engines.create import create_engine
     from skv_dist.training import output_folder
     from skv_dist.training.trainer import Trainer
@@ -210,7 +211,9 @@ def _train_in_folder(
         }
 
     best = _best(run, start, world)
-    callbacks = _callbacks(trainer, saver, state, data.validation, best)
+    weights = start or begin_with
+    ends = frozenset(end_tokens({} if weights is None else origin_of(weights), tokenizer))
+    callbacks = _callbacks(trainer, saver, state, data.validation, best, tokenizer, ends)
     if world.is_first:
         output_folder.begin(out, run, trainer.step, start)
         _announce(trainer, start)
@@ -298,9 +301,12 @@ def _callbacks(
     state: Callable[[], dict[str, Any]],
     validation: "Samples | None",
     best: "Best | None",
+    tokenizer: "Tokenizer",
+    ends: frozenset[int],
 ) -> list["Callback"]:
     """In the order in which they see a step: what measures, what saves, and on the first rank what records."""
     from skv_dist.checkpoint.folder import METRICS, TENSORBOARD
+    from skv_dist.evaluation.questions import ask_while_training
     from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
     from skv_dist.training.callbacks import Callback, Checkpoints, Console, Evaluation, JsonLines, TensorBoard
     from skv_dist.training.output_folder import folder_of
@@ -309,7 +315,12 @@ def _callbacks(
     callbacks: list[Callback] = []
     if run.eval.every and validation is not None:
         batches, plans = evaluation_batches(run, world, validation), retention_plans(run)
-        callbacks.append(Evaluation(lambda: sweep(engine, run, batches, plans), run.eval.every, run.train.steps))
+        evaluate = [lambda: sweep(engine, run, batches, plans)]
+        if run.eval.questions is not None:
+            by_size = {name.removeprefix("loss@"): plan for name, plan in plans.items()}
+            asked = run.eval.questions
+            evaluate.append(ask_while_training(asked, engine, run, world, tokenizer, ends, by_size))
+        callbacks.append(Evaluation(evaluate, run.eval.every, run.train.steps))
     if best is not None:
         callbacks.append(best)
     callbacks.append(Checkpoints(saver, run.checkpoint.every, state, lambda: trainer.save_due, best))

@@ -126,6 +126,36 @@ class OptimizerConfig(Section):
     """Learning rate at the end of the run, relative to lr. Read by all schedules but constant."""
 
 
+SCORES = ("exact_match", "token_f1")  # of answers; in percent, and better where higher
+
+
+class QuestionsConfig(Section):
+    """Questions with known answers, which a run answers at each evaluation and each size of the cache."""
+
+    path: str = Field(min_length=1, examples=["questions.jsonl"])
+    """File with a question in each row, JSONL or Parquet. It must hold no question that the run trains on."""
+
+    prompt_field: str | None = None
+    """As in data.sources: a field, or a text with the names of fields in braces. null: that of the first source with
+    prompts."""
+
+    answers_field: str | None = None
+    """The field that holds the right answer, or a list of right answers. null: that of the response_field of the first
+    source with prompts, where it is a single field."""
+
+    chat: bool = False
+    """Whether the prompt is a user's message, which the tokenizer's chat template renders."""
+
+    number: int | None = Field(default=None, gt=0)
+    """How many questions to answer, the first of the file. null: all."""
+
+    new_tokens: int = Field(default=32, gt=0)
+    """Largest number of tokens in an answer. It also ends at an end token or a line break."""
+
+    batch_size: int = Field(default=16, gt=0)
+    """Number of questions that a replica answers together."""
+
+
 class EvalConfig(Section):
     """Evaluations during the run: the loss on held-out text at several sizes of the cache. skv-eval reads samples and
     retention too, as its defaults."""
@@ -145,13 +175,17 @@ class EvalConfig(Section):
     at_start: bool = False
     """Whether a run evaluates before its first step too. metrics.jsonl has it as step 0."""
 
+    questions: QuestionsConfig | None = None
+    """Questions to answer at each evaluation, under the maps of retention. metrics.jsonl has exact match and token F1
+    in percent, as SQuAD defines them, named like eval/token_f1@0.50. null: none."""
+
     best: str | None = None
-    """Evaluation by which the best checkpoint is kept, such as loss@0.50. Where an evaluation is lower than all before,
-    a checkpoint is written; it stays until a better one is there, whatever checkpoint.keep_last says, and
-    train.output_dir/checkpoints/best names it. null: none is kept for its loss."""
+    """Evaluation by which the best checkpoint is kept, such as loss@0.50 or token_f1@0.50. Where a loss is lower than
+    all before, or a score higher, a checkpoint is written; it stays until a better one is there, whatever
+    checkpoint.keep_last says, and train.output_dir/checkpoints/best names it. null: none is kept for its value."""
 
     patience: int | None = Field(default=None, gt=0)
-    """How many evaluations in a row without a lower value of best end the run. Needs best. null: it goes on to
+    """How many evaluations in a row without a better value of best end the run. Needs best. null: it goes on to
     train.steps."""
 
     @field_validator("retention")

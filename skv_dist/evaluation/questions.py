@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -9,6 +10,8 @@ from megatron.core import parallel_state
 
 from skv_dist.config.data import SourceConfig
 from skv_dist.config.run import RunConfig
+from skv_dist.config.train import SCORES, QuestionsConfig
+from skv_dist.data.local_files import format_of
 from skv_dist.data.read_file import rows
 from skv_dist.data.row_documents import NoDocumentError, TextTemplate
 from skv_dist.data.tokenizer import Tokenizer
@@ -29,19 +32,52 @@ class Question(NamedTuple):
 
 
 def read_questions(
-    source: SourceConfig, prompt: str, answers: str, tokenizer: Tokenizer, *, chat: bool
+    asked: QuestionsConfig,
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    names: tuple[str, str] = ("eval.questions.prompt_field", "eval.questions.answers_field"),
 ) -> list[Question]:
-    """The questions of a file.
+    """The questions of a file, in its order.
 
     Args:
-        prompt: as ``data.sources.prompt_field``.
-        answers: the field that holds the right answer, or a list of right answers.
-        chat: whether the prompt is a user's message, which the tokenizer's template renders.
+        names: what a user calls the fields of the prompt and of the answers.
 
     Raises:
-        UserError: the file cannot be read, or a row holds no question; naming the row.
+        UserError: the file cannot be read, a row holds no question (naming the row), the form of the questions is not
+            known, or a prompt is too long for the model.
     """
-    template = TextTemplate(prompt, "--prompt-field")
+    trained = next((source for source in run.data.sources if source.prompt_field is not None), None)
+    prompt = asked.prompt_field or (trained.prompt_field if trained else None)
+    answers = asked.answers_field or _single_field(trained)
+    if prompt is None or answers is None:
+        raise UserError(
+            "no source of the run has prompts, and answers that are one field, so that questions have no form: give "
+            f"{names[0]} and {names[1]}"
+        )
+    if not Path(asked.path).expanduser().is_file():
+        raise UserError(f"{asked.path} is no file")
+    template = TextTemplate(prompt, names[0])
+    source = SourceConfig(path=asked.path, format="parquet" if format_of(asked.path) == "parquet" else "jsonl")
+    questions = _rows(source, template, answers, tokenizer, chat=asked.chat)[: asked.number]
+    longest = max(len(question.prompt) for question in questions)
+    if longest + asked.new_tokens > run.model.max_position_embeddings:
+        raise UserError(
+            f"'{source.path}': a prompt of {longest} tokens and {asked.new_tokens} new ones are more than "
+            f"model.max_position_embeddings {run.model.max_position_embeddings}: leave long questions out"
+        )
+    return questions
+
+
+def _single_field(source: SourceConfig | None) -> str | None:
+    if source is None or source.response_field is None:
+        return None
+    fields = TextTemplate(source.response_field, "response_field").fields
+    return fields[0] if len(fields) == 1 else None
+
+
+def _rows(
+    source: SourceConfig, template: TextTemplate, answers: str, tokenizer: Tokenizer, *, chat: bool
+) -> list[Question]:
     questions = []
     for number, row in rows(source.path, source.format, [*template.fields, answers]):
         try:
@@ -115,16 +151,7 @@ def answer_questions(
         ends: tokens that end an answer.
         batch_size: questions decoded together.
         on_batch: called with their number behind each batch of this replica.
-
-    Raises:
-        UserError: a prompt is too long for the model.
     """
-    longest = max(len(question.prompt) for question in questions)
-    if longest + new_tokens > run.model.max_position_embeddings:
-        raise UserError(
-            f"a prompt of {longest} tokens and --new-tokens {new_tokens} are more than "
-            f"model.max_position_embeddings {run.model.max_position_embeddings}: leave long questions out"
-        )
     # Questions of one length lie together, so that little is padded.
     order = sorted(range(len(questions)), key=lambda number: (-len(questions[number].prompt), number))
     batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
@@ -139,6 +166,40 @@ def answer_questions(
                 mine.append(_scored(number, tokenizer.decode(ids), questions[number].references))
             on_batch(len(batch))
         scores[name] = _score(run, world, plan, mine)
+    return scores
+
+
+def ask_while_training(
+    asked: QuestionsConfig,
+    engine: Engine,
+    run: RunConfig,
+    world: World,
+    tokenizer: Tokenizer,
+    ends: frozenset[int],
+    plans: Mapping[str, RoutePlan],
+) -> Callable[[], dict[str, float]]:
+    """A function that answers ``eval.questions`` with the weights as they are, and gives the scores by map, like
+    ``token_f1@0.50``; the same on all ranks. Collective.
+
+    Raises:
+        UserError: as `read_questions`.
+    """
+    questions = read_questions(asked, run, tokenizer)
+
+    def scores() -> dict[str, float]:
+        answered = answer_questions(
+            engine,
+            run,
+            world,
+            tokenizer,
+            questions,
+            plans,
+            new_tokens=asked.new_tokens,
+            ends=ends,
+            batch_size=asked.batch_size,
+        )
+        return {f"{kind}@{name}": getattr(score, kind) for kind in SCORES for name, score in answered.items()}
+
     return scores
 
 

@@ -1,5 +1,6 @@
 """Decoding with a K/V cache of the owners alone, in any layout without sequence parallelism."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,10 +39,6 @@ def check_decodable(run: RunConfig) -> None:
             f"decoding with a K/V cache and parallel.virtual_pipeline {parallel.virtual_pipeline} do not work "
             "together: set parallel.virtual_pipeline=1"
         )
-    if run.train.compile:
-        raise UserError(
-            "decoding with a K/V cache and train.compile: true do not work together: set train.compile=false"
-        )
 
 
 class Decoder:
@@ -77,6 +74,14 @@ class Decoder:
             pad: a token for the places before short prompts and behind answers.
         """
         self._engine.model.eval()
+        # What is compiled is so for one length of sequence; here each token is another.
+        stance = torch.compiler.set_stance("force_eager") if self._run.train.compile else contextlib.nullcontext()
+        with stance:
+            return self._continue(prompts, new_tokens, ends, choose, pad)
+
+    def _continue(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, ends: frozenset[int], choose: Choose, pad: int
+    ) -> list[list[int]]:
         longest = max(map(len, prompts))
         begins = torch.tensor([longest - len(prompt) for prompt in prompts], device=self._device)
         tokens = torch.full((len(prompts), longest), pad, device=self._device)

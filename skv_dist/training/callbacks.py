@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,32 +40,35 @@ class Callback:
 
 
 class Evaluation(Callback):
-    """Adds the result of ``evaluate()`` to the metrics every so many steps, and at the last."""
+    """Adds the results of all of ``evaluate`` to the metrics every so many steps, and at the last."""
 
-    def __init__(self, evaluate: Callable[[], dict[str, float]], every: int, steps: int) -> None:
+    def __init__(self, evaluate: Sequence[Callable[[], dict[str, float]]], every: int, steps: int) -> None:
         self._evaluate, self._every, self._steps = evaluate, every, steps
 
     def on_step(self, step: int, metrics: Metrics) -> None:
         if step % self._every == 0 or step == self._steps:
-            metrics.update({f"eval/{name}": value for name, value in self._evaluate().items()})
+            for evaluate in self._evaluate:
+                metrics.update({f"eval/{name}": value for name, value in evaluate().items()})
 
 
 class Best(Callback):
-    """Notes which evaluation was the lowest, and ends the run where none was for long.
+    """Notes which evaluation was the best, and ends the run where none was better for long.
 
     Args:
-        name: of the evaluation.
-        patience: evaluations in a row without a lower value that end the run; None: none do.
+        name: of the evaluation. A loss is better where it is lower, a score where it is higher.
+        patience: evaluations in a row without a better value that end the run; None: none do.
 
     Attributes:
-        step, value: of the lowest evaluation.
+        step, value: of the best evaluation.
         without: evaluations since then.
         is_new: whether it is that of the last step.
     """
 
     def __init__(self, name: str, patience: int | None, says_so: bool) -> None:
         self.name, self._patience, self._says_so = name, patience, says_so
-        self.step, self.value, self.without, self.is_new = 0, math.inf, 0, False
+        self._lower = name.startswith("loss@")
+        self._nothing = math.inf if self._lower else -math.inf
+        self.step, self.value, self.without, self.is_new = 0, self._nothing, 0, False
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -82,14 +85,19 @@ class Best(Callback):
 
     def on_step(self, step: int, metrics: Metrics) -> None:
         value = metrics.get(f"eval/{self.name}")
-        self.is_new = step > 0 and value is not None and value < self.value
+        better = value is not None and (value < self.value if self._lower else value > self.value)
+        self.is_new = step > 0 and better
         if step == 0 or value is None:
             return
-        if self.is_new:
+        if better:
             self.step, self.value, self.without = step, value, 0
         else:
             self.without += 1
             self._end_if_enough()
+
+    @property
+    def _better(self) -> str:
+        return "lower" if self._lower else "higher"
 
     def _end_if_enough(self) -> None:
         if self._patience is None or self.without < self._patience:
@@ -97,8 +105,8 @@ class Best(Callback):
         self.finished = True
         if self._says_so:
             print(
-                f"{self.name} was {self.value:.4f} at step {self.step} and not lower in {self.without} evaluations "
-                "since: the run ends (eval.patience)",
+                f"{self.name} was {self.value:.4f} at step {self.step} and not {self._better} in {self.without} "
+                "evaluations since: the run ends (eval.patience)",
                 flush=True,
             )
 

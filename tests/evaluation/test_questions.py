@@ -1,11 +1,15 @@
 """Answers scored as SQuAD defines it, and the command that asks."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from skv_dist.config.run import RunConfig, check_questions
+from skv_dist.config.train import SCORES
+from skv_dist.errors import UserError
 from skv_dist.evaluation.answer_scores import exact_match, normalized, token_f1
 from tests.support.jobs.loop import run_training
 from tests.support.processes import Command, free_port, places
@@ -38,14 +42,12 @@ STEPS = 40
 ROWS = [{"q": f"{letter}{letter}=", "a": letter * 2} for letter in "abcdef"]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a run that has learned to repeat a letter, from examples."""
-    folder = tmp_path_factory.mktemp("questions")
+def settings_of(folder: Path, **sections: Any) -> dict[str, Any]:
+    """A run that learns to repeat a letter, from examples."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     source = {"path": str(file), "format": "jsonl", "prompt_field": "q", "response_field": "a"}
-    settings = run_settings(
+    return run_settings(
         folder,
         folder / "run",
         model={"num_layers": 4},
@@ -55,21 +57,32 @@ def checkpoint(workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "validation_fraction": 0,
             "sequence_length": 16,
             "cache_dir": str(folder / "cache"),
+            **sections.get("data", {}),
         },
-        train={"steps": STEPS},
-        eval={"every": 0},
+        train={"steps": STEPS, **sections.get("train", {})},
+        eval={"every": 0, **sections.get("eval", {})},
         optimizer={"lr": 0.02},
-        routing={"policy": "subset", "keep_probs": [1.0, 0.5]},
+        routing=sections.get("routing", {"policy": "subset", "keep_probs": [1.0, 0.5]}),
+        parallel=sections.get("parallel", {}),
     )
-    lines = workers(1)(run_training, settings)[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(workers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the finished run."""
+    folder = tmp_path_factory.mktemp("questions")
+    lines = workers(1)(run_training, settings_of(folder))[0]
     assert lines[-1]["loss"] < 0.1
     return folder / "run" / "checkpoints" / f"step_{STEPS:08d}"
 
 
-def ask(folder: Path, checkpoint: Path, *arguments: object, processes: int = 1) -> tuple[str, dict[str, Any]]:
-    """What the first process printed, and its figures."""
+def ask(
+    folder: Path, checkpoint: Path, *arguments: object, processes: int = 1, keep: bool = False
+) -> tuple[str, dict[str, Any]]:
+    """What the first process printed, and its figures; on questions with two references, or on those that are there."""
     file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps({"q": row["q"], "all": [row["a"], "else"]}) + "\n" for row in ROWS))
+    if not keep:
+        file.write_text("".join(json.dumps({"q": row["q"], "all": [row["a"], "else"]}) + "\n" for row in ROWS))
     port = free_port()
     given = ["questions", checkpoint, file, "--answers-field", "all", *arguments, "--json", folder / "scores.json"]
     commands = [
@@ -93,6 +106,69 @@ def test_another_layout_answers_the_same(checkpoint: Path, tmp_path: Path) -> No
     _, alone = ask(tmp_path, checkpoint, "--retention", 1, 0.5, "--new-tokens", 4)
     _, spread = ask(tmp_path, checkpoint, "--retention", 1, 0.5, "parallel.pipeline=2", "--new-tokens", 4, processes=4)
     assert spread == alone
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallel", "train"),
+    [
+        (1, {}, {}),
+        (4, {"pipeline": 2, "zero_stage": 1}, {}),
+        (2, {"zero_stage": 2}, {}),
+        (2, {"tensor": 2}, {}),
+        (1, {}, {"compile": True}),  # of one map alone, as each is compiled for itself
+    ],
+)
+def test_questions_during_training_score_as_those_of_its_checkpoint(
+    workers: Any, tmp_path: Path, processes: int, parallel: dict[str, Any], train: dict[str, Any]
+) -> None:
+    questions = {"path": str(tmp_path / "rows.jsonl"), "new_tokens": 4, "batch_size": 4}
+    sizes = [1.0] if train else [1.0, 0.5]
+    evaluation = {"every": STEPS // 2, "at_start": True, "retention": sizes, "questions": questions, "samples": 4}
+    held_out = {"path": str(tmp_path / "rows.jsonl"), "format": "jsonl", "prompt_field": "q", "response_field": "a"}
+    settings = settings_of(
+        tmp_path,
+        data={"validation_sources": [held_out]},
+        eval={**evaluation, "best": "token_f1@1.00"},
+        train=train,
+        parallel=parallel,
+        **({"routing": {"policy": "none"}} if train else {}),
+    )
+    metrics = [line for line in workers(processes)(run_training, settings)[0] if "eval/loss@1.00" in line]
+    assert [line["step"] for line in metrics] == [0, STEPS // 2, STEPS]
+    assert metrics[0]["eval/token_f1@1.00"] < 10
+    assert metrics[-1]["eval/token_f1@1.00"] > 50
+    root = tmp_path / "run" / "checkpoints"
+    best = max(metrics[1:], key=lambda line: line["eval/token_f1@1.00"])
+    assert (root / "best").read_text().strip() == f"step_{best['step']:08d}"
+    line = ("--retention", *sizes, "--answers-field", "a", "--new-tokens", 4)
+    _, scores = ask(tmp_path, root / f"step_{STEPS:08d}", *line, keep=True)
+    for kind in SCORES:
+        for size in scores:
+            assert scores[size][kind] == pytest.approx(metrics[-1][f"eval/{kind}@{size}"])
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"parallel": {"zero_stage": 3}}, "eval.questions and parallel.zero_stage: 3 do not work together: set"),
+        ({"parallel": {"sequence_parallel": True, "tensor": 2}}, "eval.questions and parallel.sequence_parallel: true"),
+        ({"parallel": {"virtual_pipeline": 2, "pipeline": 2}}, "eval.questions and parallel.virtual_pipeline: 2"),
+        ({"eval": {"every": 0}}, "eval.questions is given, but eval.every is 0"),
+    ],
+)
+def test_where_a_run_cannot_be_asked_it_does_not_start(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
+    asked = {"every": 1, "questions": {"path": "rows.jsonl"}}
+    held_out = {"path": str(tmp_path / "rows.jsonl"), "format": "jsonl"}
+    run = RunConfig.model_validate(
+        settings_of(
+            tmp_path,
+            data={"validation_sources": [held_out]},
+            parallel=sections.get("parallel", {}),
+            eval={**asked, **sections.get("eval", {})},
+        )
+    )
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_questions(run)
 
 
 @pytest.mark.parametrize(

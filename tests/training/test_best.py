@@ -32,6 +32,17 @@ def test_lower_values_are_new_and_patience_ends() -> None:
     assert (other.step, other.without) == (0, 0)
 
 
+def test_of_scores_the_highest_is_the_best() -> None:
+    best = Best("token_f1@0.50", 2, says_so=False)
+    seen = []
+    for step, value in enumerate([30.0, 29.0, 31.0, 31.0, 30.5], 1):
+        best.on_step(step, {"eval/token_f1@0.50": value, "eval/loss@0.50": -float(step)})
+        seen.append((best.is_new, best.finished))
+    assert seen == [(True, False), (False, False), (True, False), (False, False), (False, True)]
+    assert (best.step, best.value) == (3, 31.0)
+    assert Best("token_f1@0.50", 2, says_so=False).state()["value"] is None
+
+
 def settings(text: Path, out: Path, **sections: Any) -> dict[str, Any]:
     """A rate so high that the loss rises again after some steps."""
     return run_settings(
