@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,6 +80,7 @@ def train(run: RunConfig) -> signal.Signals | None:
     check_lanes(run, derived)
     check_best(run)
     check_questions(run)
+    _check_packages(run)
     check_device(run)
     transformer_impl(run)
     tokenizer = load_tokenizer(run.data.tokenizer)
@@ -86,6 +88,14 @@ def train(run: RunConfig) -> signal.Signals | None:
     world = groups.start(run.parallel)
     with naming_lost_peers(run.parallel), StopRequest() as stop:
         return _train_in_world(run, derived, tokenizer, world, stop)
+
+
+def _check_packages(run: RunConfig) -> None:
+    if run.train.wandb is not None and find_spec("wandb") is None:
+        raise UserError(
+            f"train.wandb is '{run.train.wandb}', but the package wandb is not installed: pip install "
+            "'skv-dist[wandb]', or set train.wandb=null"
+        )
 
 
 class RunData(NamedTuple):
@@ -310,6 +320,7 @@ def _callbacks(
     from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
     from skv_dist.training.callbacks import Callback, Checkpoints, Console, Evaluation, JsonLines, TensorBoard
     from skv_dist.training.output_folder import folder_of
+    from skv_dist.training.weights_and_biases import WeightsAndBiases
 
     run, world, engine = trainer.run, trainer.world, trainer.engine
     callbacks: list[Callback] = []
@@ -329,6 +340,8 @@ def _callbacks(
         callbacks.append(JsonLines(out / METRICS))
         if run.train.tensorboard:
             callbacks.append(TensorBoard(out / TENSORBOARD))
+        if run.train.wandb is not None:
+            callbacks.append(WeightsAndBiases(run.train.wandb, out, run.model_dump(mode="json")))
         if run.train.progress:
             callbacks.append(Console())
     return callbacks

@@ -80,6 +80,10 @@ class TrainConfig(Section):
     tensorboard: bool = True
     """Whether metrics are written to output_dir/tensorboard too. metrics.jsonl is always written."""
 
+    wandb: str | None = Field(default=None, min_length=1)
+    """Project of Weights & Biases that metrics are sent to as well. Needs the package wandb and a login, or
+    WANDB_MODE=offline in the environment, which keeps them in output_dir/wandb. null: none."""
+
     progress: bool = True
     """Whether progress is shown on standard error: a bar on a terminal, elsewhere a line now and then."""
 
