@@ -61,7 +61,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], allowed: set[str])
 
 
 def check_same_run(run: RunConfig, folder: Path, fingerprints: Collection[str]) -> None:
-    """Refuse to go on with another model, other data or another method.
+    """Refuse to go on with another model, other data or another method. ``train.steps`` may grow.
 
     Args:
         fingerprints: of the tokenizer, with those that earlier versions gave it.
@@ -70,7 +70,10 @@ def check_same_run(run: RunConfig, folder: Path, fingerprints: Collection[str]) 
         UserError: naming the keys that differ and are not in ``checkpoint.allow_changed``.
     """
     allowed = set(run.checkpoint.allow_changed)
-    changed = _differences(_bound(files.read_config(folder)), _bound(run), allowed)
+    before, now = _bound(files.read_config(folder)), _bound(run)
+    if None not in (had := before["train.steps"], asked := now["train.steps"]) and asked > had:
+        allowed.add("train.steps")  # more of the same
+    changed = _differences(before, now, allowed)
     if files.read_state(folder)["tokenizer"] not in fingerprints and "data.tokenizer" not in allowed:
         changed.append("the content of data.tokenizer has changed")
     if changed:

@@ -348,12 +348,24 @@ def _callbacks(
 
 
 def _announce(trainer: "Trainer", start: Path | None) -> None:
+    from skv_dist.checkpoint.folder import read_config
     from skv_dist.training.report import start_report
 
     report = start_report(trainer.run, trainer.derived, trainer.world, trainer.engine, trainer.num_sequences)
     print(report, flush=True)
     if start is not None:
         print(f"resumed from {start} at step {trainer.step}", flush=True)
+        steps, before = trainer.run.train.steps, read_config(start).train.steps
+        if trainer.step >= steps:
+            print(
+                f"this run is finished: all of its {steps} steps are done; to train on, raise train.steps", flush=True
+            )
+        elif 0 < before < steps:
+            print(
+                f"train.steps grew from {before} to {steps}: the learning rate, and what routing gives as a part of "
+                "it, follow the longer schedule from here on",
+                flush=True,
+            )
 
 
 @entry_point

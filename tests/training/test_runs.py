@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from tests.support.jobs import parity
-from tests.support.jobs.loop import host_reads, run_training, steps_before_data_fail, steps_until_sigterm_within
+from tests.support.jobs.loop import (
+    host_reads,
+    run_and_print,
+    run_training,
+    steps_before_data_fail,
+    steps_until_sigterm_within,
+)
 from tests.support.layouts import SMALL
 from tests.support.runs import losses
 from tests.support.settings import GLOBAL_BATCH, config, run_settings
@@ -51,6 +57,26 @@ def test_a_pipeline_gives_the_run_of_one_process(workers: Any, text: Path, tmp_p
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
 
     assert all(line["wire_bytes"] > 0 for line in two)
+
+
+def test_a_finished_run_says_so_and_may_grow(workers: Any, text: Path, tmp_path: Path) -> None:
+    def run(steps: int, **sections: Any) -> tuple[list[dict[str, Any]], str]:
+        settings = run_settings(text, tmp_path / "run", train={"steps": steps}, eval={"every": 0}, **sections)
+        lines, printed = workers(1)(run_and_print, settings)[0]
+        return lines, printed
+
+    first, printed = run(2)
+    assert "this run is finished" not in printed
+    again, printed = run(2)
+    assert again == first
+    assert "this run is finished: all of its 2 steps are done; to train on, raise train.steps" in printed
+    longer, printed = run(4)
+    assert longer[:2] == first
+    assert [line["step"] for line in longer] == [1, 2, 3, 4]
+    assert "train.steps grew from 2 to 4" in printed
+    assert longer[2]["lr"] > longer[3]["lr"] > 0
+    with pytest.raises(JobFailedError, match=r"belongs to another run: train\.steps was 4 and is 3"):
+        run(3)
 
 
 def test_a_run_is_not_written_over(workers: Any, text: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from skv_dist.config.model import ModelConfig
@@ -93,7 +94,7 @@ def model_section(config: dict[str, Any]) -> dict[str, Any]:
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
         "vocab_size": config["vocab_size"],
         "max_position_embeddings": config["max_position_embeddings"],
-        "norm_eps": config["rms_norm_eps"],
+        "norm_eps": _as_written(config["rms_norm_eps"]),
         "qk_norm": config["model_type"] == "qwen3",
         "rope_theta": rope["rope_theta"],
         "rope_scaling": _llama3(rope, config) if _rope_type(rope) == "llama3" else None,
@@ -107,6 +108,11 @@ def model_section(config: dict[str, Any]) -> dict[str, Any]:
         field = f"{_FIELDS.get(str(problem['loc'][0]), problem['loc'][0])}: " if problem["loc"] else ""
         raise UserError(f"config.json: {field}{problem['msg']}") from error
     return section
+
+
+def _as_written(value: Any) -> Any:
+    """The shortest decimal of a number that went through float32, as 1e-5 in a GGUF file: 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) and float(np.float32(value)) == value else value
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:

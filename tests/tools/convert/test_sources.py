@@ -107,6 +107,8 @@ NEEDED = {
         ("llama", {"rope_scaling": None}, {"rope_theta": 10000.0}),
         ("llama", {"tie_word_embeddings": True}, {"tie_embeddings": True}),
         ("llama", {"initializer_range": 0.5}, {"init_std": 0.5}),
+        ("llama", {"rms_norm_eps": 9.999999747378752e-06}, {"norm_eps": 1e-5}),  # from a GGUF file, in float32
+        ("llama", {"rms_norm_eps": 1.0000001e-05}, {"norm_eps": 1.0000001e-05}),
     ],
 )
 def test_what_is_not_said_is_as_in_transformers(kind: str, given: dict[str, Any], expected: dict[str, Any]) -> None:
