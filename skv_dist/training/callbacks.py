@@ -18,6 +18,7 @@ from skv_dist.checkpoint.folder import METRICS
 from skv_dist.checkpoint.save import Saver
 
 Metrics = dict[str, float | int]
+ENOUGH = "the run ends (eval.patience)"  # said by a run that ends as nothing gets better
 
 
 class Callback:
@@ -106,7 +107,7 @@ class Best(Callback):
         if self._says_so:
             print(
                 f"{self.name} was {self.value:.4f} at step {self.step} and not {self._better} in {self.without} "
-                "evaluations since: the run ends (eval.patience)",
+                f"evaluations since: {ENOUGH}",
                 flush=True,
             )
 

@@ -1,5 +1,7 @@
 """What a run says about itself before its first step."""
 
+from pathlib import Path
+
 import torch
 
 from skv_dist.config.run import Derived, RunConfig
@@ -11,6 +13,17 @@ from skv_dist.parallel.processes.groups import World
 from skv_dist.parallel.wire.packing import Packing
 from skv_dist.training.schedule import warmup_steps
 from skv_dist.versions import software
+
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def _lacks_bf16(cpu_info: Path) -> bool:
+    """Whether the processor says that it cannot multiply in bf16; False where it says nothing."""
+    try:
+        words = set(cpu_info.read_text(encoding="utf-8", errors="replace").lower().split())
+    except OSError:
+        return False
+    return bool(words & {"flags", "features"}) and not words & {"avx512_bf16", "amx_bf16", "bf16"}
 
 
 def start_report(
@@ -54,6 +67,11 @@ def start_report(
         **({"teacher": f"{run.teacher}, weight {run.distillation.weight}"} if run.distillation.weight else {}),
         "cached": caches,
         "output": train.output_dir,
+        **(
+            {"slow": "this CPU has no products of bf16: train.precision=fp32 is many times faster on it"}
+            if device == "CPU" and train.precision == "bf16" and _lacks_bf16(_CPU_INFO)
+            else {}
+        ),
         **(pipeline_report(run, derived) if parallel.pipeline > 1 else {}),
     }
     return "\n".join(f"{name + ':':<11}{value}" for name, value in lines.items())

@@ -80,12 +80,12 @@ def test_a_finished_run_says_so_and_may_grow(workers: Any, text: Path, tmp_path:
 
 
 def test_a_run_is_not_written_over(workers: Any, text: Path, tmp_path: Path) -> None:
-    workers(1)(run_training, run_settings(text, tmp_path / "a", train={"steps": 1}))
+    workers(1)(run_training, run_settings(text, tmp_path / "a", train={"steps": 2}))
     before = (tmp_path / "a" / "metrics.jsonl").read_text()
     with pytest.raises(JobFailedError, match="already holds a run"):
         workers(1)(run_training, run_settings(text, tmp_path / "a", checkpoint={"resume": "never"}))
-    with pytest.raises(JobFailedError, match=r"train\.steps was 1 and is 6"):
-        workers(1)(run_training, run_settings(text, tmp_path / "a"))
+    with pytest.raises(JobFailedError, match=r"train\.steps was 2 and is 1"):
+        workers(1)(run_training, run_settings(text, tmp_path / "a", train={"steps": 1}))
     assert (tmp_path / "a" / "metrics.jsonl").read_text() == before
 
 

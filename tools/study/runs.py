@@ -10,6 +10,7 @@ import yaml
 
 from skv_dist.checkpoint.folder import CONFIG, METRICS
 from skv_dist.errors import UserError
+from skv_dist.training.callbacks import ENOUGH
 
 
 class Measurement(NamedTuple):
@@ -61,10 +62,15 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether its last step is in its metrics: a run that was asked to stop ends without an error too."""
+        """Whether it came to its end: a run that was asked to stop ends without an error too.
+
+        Its end is the last of its steps, or where nothing got better any more (``eval.patience``), which it says.
+        """
         config = yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8"))
         lines = (self.folder / METRICS).read_text(encoding="utf-8").splitlines()
-        return bool(lines) and json.loads(lines[-1])["step"] == config["train"]["steps"]
+        if bool(lines) and json.loads(lines[-1])["step"] == config["train"]["steps"]:
+            return True
+        return ENOUGH in (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
 
     @property
     def record(self) -> dict[str, Any] | None:

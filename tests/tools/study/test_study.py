@@ -20,7 +20,9 @@ keys = dict(argument.split("=", 1) for argument in sys.argv[2:])
 if keys.get("routing.policy") == "broken":
     sys.exit("it broke")
 out = pathlib.Path(keys["train.output_dir"])
-steps = 1 if keys.get("train.stops") else 2
+steps = 1 if keys.get("train.stops") or keys.get("eval.patience") else 2
+if keys.get("eval.patience"):
+    print("loss@0.50 was 4.1 at step 1 and not lower in 1 evaluations since: the run ends (eval.patience)")
 loss = 3.0 + 0.1 * int(keys["train.seed"]) + (0.5 if keys["routing.policy"] == "r_cla" else 0.0)
 lines = [
     {"step": step, "tokens_per_second": 10.0, "skipped": 0, "eval/loss@1.00": loss, "eval/loss@0.50": loss + 1}
@@ -107,6 +109,12 @@ def test_a_run_that_fails_or_stops_early_is_not_taken_for_finished(folder: Path,
     assert study.execute(runs, [""], said.append) == 1
     assert runs[0].record is None
     assert "failed" in said[-1]
+
+
+def test_a_run_that_ended_as_nothing_got_better_is_finished(folder: Path) -> None:
+    _, runs = load(write(folder, seeds=[1], variants={"patient": {"set": ["routing.policy=none", "eval.patience=1"]}}))
+    assert study.execute(runs, [""], lambda line: None) == 0
+    assert runs[0].record is not None
 
 
 def test_a_measurement_that_fails_says_why_and_does_not_train_again(
