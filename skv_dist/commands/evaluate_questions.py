@@ -49,6 +49,8 @@ def evaluate_questions(argv: list[str]) -> int:
     for name in ("number", "new_tokens", "batch_size"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if not arguments.file:
+        raise UserError("the name of the file of questions is empty")
     run = maps.configuration(arguments, [])
 
     from skv_dist.checkpoint.frozen_model import frozen_model

@@ -7,6 +7,7 @@ from typing import Any
 
 from skv_dist.config.data import DataConfig
 from skv_dist.config.run import RunConfig, derive
+from skv_dist.config.words import in_yaml
 from skv_dist.errors import UserError
 from skv_dist.files import replace_text
 from skv_dist.routing import RoutePlan, map_from_cached_layers
@@ -96,13 +97,17 @@ def _data_overrides(paths: list[str], trained: DataConfig) -> list[str]:
         place = Path(path).expanduser()
         if not place.exists():
             raise UserError(f"--data {path}: there is no such file or folder")
-        kind = "prepared" if (place / META).is_file() else format_of_all(path, [])
+        kind = (
+            "prepared"
+            if (place / META).is_file()
+            else format_of_all(path, [], "name the files in place of their folder")
+        )
         like = next((source for source in trained.sources if source.format == kind), None)
         fields = (
             like.model_dump(include={"text_field", "prompt_field", "response_field", "messages_field"}) if like else {}
         )
         sources.append({"path": path, "format": kind, **fields})
-    both = json.dumps(sources)
+    both = in_yaml(sources)
     return [f"data.sources={both}", f"data.validation_sources={both}", "data.streaming=false"]
 
 

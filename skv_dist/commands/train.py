@@ -91,7 +91,8 @@ def train(run: RunConfig) -> signal.Signals | None:
 
 
 def _check_packages(run: RunConfig) -> None:
-    if run.train.wandb is not None and find_spec("wandb") is None:
+    found = None if run.train.wandb is None else find_spec("wandb")
+    if run.train.wandb is not None and (found is None or found.origin is None):  # a folder called wandb is no package
         raise UserError(
             f"train.wandb is '{run.train.wandb}', but the package wandb is not installed: pip install "
             "'skv-dist[wandb]', or set train.wandb=null"

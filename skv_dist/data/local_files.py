@@ -20,8 +20,13 @@ def format_of(file: str) -> str:
     return _FORMATS.get(os.path.splitext(name)[1], "text")
 
 
-def format_of_all(path: str, exclude: list[str]) -> str:
+def format_of_all(
+    path: str, exclude: list[str], cure: str = "say by --format which are meant, or leave files out by --exclude"
+) -> str:
     """The format of a file, or of all files of a folder or glob.
+
+    Args:
+        cure: what to do where they differ, in the words of the command that asks.
 
     Raises:
         UserError: they differ.
@@ -29,10 +34,7 @@ def format_of_all(path: str, exclude: list[str]) -> str:
     examples = {format_of(file): file for file in reversed(_matching(path, exclude))}
     if len(examples) > 1:
         named = ", ".join(f"{name} ({os.path.basename(file)})" for name, file in sorted(examples.items()))
-        raise UserError(
-            f"'{path}' holds files of several formats: {named}: say by --format which are meant, or leave files out "
-            "by --exclude"
-        )
+        raise UserError(f"'{path}' holds files of several formats: {named}: {cure}")
     return next(iter(examples), format_of(path))
 
 

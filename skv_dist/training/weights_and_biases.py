@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from skv_dist.checkpoint.folder import METRICS
+from skv_dist.files import replace_text
 from skv_dist.training.callbacks import Callback, Metrics
 
 ID = "wandb_id"  # file in a run's folder: a run that goes on adds to the same record
@@ -29,7 +30,7 @@ class WeightsAndBiases(Callback):
         try:
             identity = self._folder / ID
             if not identity.exists():
-                identity.write_text(secrets.token_hex(8))
+                replace_text(identity, secrets.token_hex(8))
             self._run = wandb.init(
                 project=self._project,
                 name=self._folder.name,

@@ -81,10 +81,17 @@ def test_other_text_is_measured_without_that_of_the_run(workers: Any, text: Path
     settings = run_settings(text, tmp_path / "run", train={"steps": STEPS}, eval={"every": STEPS}, data=data)
     metrics = workers(1)(run_training, settings)[0][-1]
     (tmp_path / "seen.jsonl").unlink()  # as on another machine
-    moved = (tmp_path / "other.jsonl").rename(tmp_path / "moved.jsonl")
+    moved = (tmp_path / "other.jsonl").rename(tmp_path / "größer 😀.jsonl")
     checkpoint = files.folder_of(tmp_path / "run" / "checkpoints", STEPS)
     _, losses = evaluate(tmp_path, checkpoint, "--data", moved)
     assert losses == pytest.approx({name: metrics[f"eval/{name}"] for name in losses}, rel=1e-6)
-    command = Command(EVALUATE, [str(checkpoint), "--data", str(tmp_path / "gone")], {}, tmp_path / "printed.log")
-    assert command.wait() == 2
-    assert f"--data {tmp_path / 'gone'}: there is no such file or folder" in command.printed
+    (tmp_path / "mixed").mkdir()
+    for name in ("a.jsonl", "b.txt"):
+        (tmp_path / "mixed" / name).write_text("{}\n")
+    for path, message in (
+        (tmp_path / "gone", f"--data {tmp_path / 'gone'}: there is no such file or folder"),
+        (tmp_path / "mixed", "a.jsonl), text (b.txt): name the files in place of their folder"),
+    ):
+        command = Command(EVALUATE, [str(checkpoint), "--data", str(path)], {}, tmp_path / "printed.log")
+        assert command.wait() == 2
+        assert message in command.printed

@@ -188,6 +188,14 @@ def test_bad_questions_are_refused_in_one_line(
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row) + "\n")
     given = ["questions", str(checkpoint), str(file), "--answers-field", "all", *arguments]
+    refused(tmp_path, given, message)
+
+
+def test_an_empty_name_is_refused_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    refused(tmp_path, ["questions", str(checkpoint), ""], "the name of the file of questions is empty")
+
+
+def refused(tmp_path: Path, given: list[str], message: str) -> None:
     command = Command(EVALUATE, given, {}, tmp_path / "printed.log")
     assert command.wait() == 2, command.printed
     assert message in command.printed

@@ -100,8 +100,11 @@ def test_a_record_that_cannot_be_made_is_one_line(
     assert not wandb.logged
 
 
-def test_without_the_package_a_run_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "find_spec", lambda name: None)
+@pytest.mark.parametrize("found", [None, SimpleNamespace(origin=None)], ids=["nothing", "a folder of that name"])
+def test_without_the_package_a_run_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: object
+) -> None:
+    monkeypatch.setattr(train, "find_spec", lambda name: found)
     run = RunConfig.model_validate(run_settings(tmp_path / "text.txt", tmp_path / "run", train={"wandb": "project"}))
     with pytest.raises(UserError, match="but the package wandb is not installed"):
         train.train(run)
