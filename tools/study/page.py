@@ -5,7 +5,7 @@ import math
 import os
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,31 @@ def _score_differences(
     ]
 
 
+def _score_at(results: dict[tuple[str, int], Result], measure: str) -> Callable[[str, int, str], float]:
+    """The score of a variant and a seed at a share of the cache."""
+    return lambda name, seed, share: results[name, seed].scores[share][measure]
+
+
+def _between_shares(
+    study: dict[str, Any],
+    seeds: dict[str, list[int]],
+    shares: dict[str, str],
+    value: Callable[[str, int, str], float],
+    digits: int,
+) -> list[list[str]]:
+    """Rows for ``compare_shares``: both values, and their differences paired by seed."""
+    rows = []
+    for one, other in study.get("compare_shares", []):
+        (before, share), (after, other_share) = one.split("@"), other.split("@")
+        both = [seed for seed in seeds.get(before, []) if seed in seeds.get(after, [])]
+        first = [value(before, seed, share) for seed in both]
+        second = [value(after, seed, other_share) for seed in both]
+        names = f"{after} at {shares[other_share]} minus {before} at {shares[share]}"
+        apart = difference([b - a for a, b in zip(first, second)])
+        rows.append([names, str(len(both)), spread(second, digits), spread(first, digits), apart])
+    return rows
+
+
 def difference(values: Sequence[float]) -> str:
     """Mean, standard error and 95 % interval of paired differences."""
     if not 1 < len(values) <= len(_T):
@@ -138,22 +163,7 @@ def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> 
         rows.append([f"{other} minus {one}", str(len(both)), *cells])
     text += f"\n## Differences, paired by seed\n\n{_DIFFERENCES}\n\n{table(['', 'seeds', *shares.values()], rows)}"
 
-    rows = []
-    for one, other in study.get("compare_shares", []):
-        (before, share), (after, other_share) = one.split("@"), other.split("@")
-        both = [seed for seed in seeds.get(before, []) if seed in seeds.get(after, [])]
-        of_shares = [(results[before, seed].last[share], results[after, seed].last[other_share]) for seed in both]
-        spreads = [spread([pair[0] for pair in of_shares]), spread([pair[1] for pair in of_shares])]
-        names_of = [f"{name} at {shares[part]}" for name, part in ((after, other_share), (before, share))]
-        rows.append(
-            [
-                " minus ".join(names_of),
-                str(len(both)),
-                spreads[1],
-                spreads[0],
-                difference([b - a for a, b in of_shares]),
-            ]
-        )
+    rows = _between_shares(study, seeds, shares, lambda name, seed, share: results[name, seed].last[share], 3)
     if rows:
         text += "\n## Differences between shares of the cache, paired by seed\n\n"
         text += table(["", "seeds", "first", "second", "difference"], rows)
@@ -179,6 +189,9 @@ def page(file: Path, study: dict[str, Any], runs: Sequence[Run], train: str) -> 
             and (cells := _score_differences(results, one, other, both, maps, measure))
         ]
         text += f"\n{table(['', 'seeds', *maps], rows)}" if rows else ""
+        if all(share in one.scores for one in results.values() for share in shares):
+            rows = _between_shares(study, seeds, shares, _score_at(results, measure), 1)
+            text += f"\n{table(['', 'seeds', 'first', 'second', 'difference'], rows)}" if rows else ""
 
     rows = []
     for name in names:
