@@ -9,39 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+from skv_tools.convert.from_hf import from_hf
+from tokenizers.processors import TemplateProcessing
 
 from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.frozen_model import config_of
 from skv_dist.checkpoint.load import read_tensors, tensor_shapes
-from skv_dist.data.tokenizer import ByteTokenizer
+from skv_dist.data.tokenizer import ByteTokenizer, load_tokenizer
+from tests.data.test_chats import CHATML, tokenizer_in
 from tests.model.plain import routed_logits
+from tests.support.harness import DOCUMENTS, LONGEST, NEW, UNTIL, flat, needs_lm_eval, of_all, run_harness, write_tasks
 from tests.support.jobs.loop import run_training
 from tests.support.processes import Command, free_port, places
 from tests.support.runs import EVALUATE
 from tests.support.settings import run_settings
+from tests.tools.convert.hf_models import make, save
 
 STEPS, LAYERS = 40, 4
-LONGEST = 48  # tokens that the model can see: some documents are longer
-NEW = 12
-UNTIL = [" ch", "\n"]
 MAPS = {"1.00": (0, 1, 2, 3), "0.50": (0, 0, 2, 2)}
-WORDS = "the cache of any layer may be cut"
-DOCUMENTS = [
-    {"before": before, "choices": choices, "right": number % len(choices)}
-    for number, (before, choices) in enumerate(
-        [
-            ("the cache", [" of any", " may be cut", " l"]),
-            (f"{WORDS} {WORDS} {WORDS}", [" the", " layer may be"]),  # cut from the left
-            ("of any layer ", ["of", "cut", "may"]),  # the space goes with what follows
-            ("any", ["\n", " ", "x", "y"]),  # one token each
-            ("", ["the cache", "cut"]),
-            ("be cut", [" of any layer" * 3, " be"]),
-        ]
-    )
-]
-
 tokenizer = ByteTokenizer()
-needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the package lm_eval")
 
 
 @pytest.fixture(scope="module")
@@ -59,66 +45,6 @@ def checkpoint(workers: Any, text: Path, tmp_path_factory: pytest.TempPathFactor
     )
     workers(1)(run_training, given)
     return files.folder_of(out / "checkpoints", STEPS)
-
-
-def write_tasks(folder: Path, **generation: Any) -> Path:
-    """Tasks of our own, in a group."""
-    tasks = folder / "tasks"
-    tasks.mkdir()
-    (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DOCUMENTS))
-    shared = {
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(folder / "documents.jsonl")},
-            "cache_dir": str(folder / "cache"),
-        },
-        "test_split": "test",
-        "doc_to_text": "{{before}}",
-    }
-    kinds: dict[str, dict[str, Any]] = {
-        "skv_choice": {
-            "output_type": "multiple_choice",
-            "doc_to_choice": "choices",
-            "doc_to_target": "right",
-            "target_delimiter": "",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-        },
-        "skv_text": {
-            "output_type": "loglikelihood_rolling",
-            "doc_to_text": "",
-            "doc_to_target": "{{before}}{{choices[0]}}",
-            "metric_list": [{"metric": "byte_perplexity"}],
-        },
-        "skv_said": {
-            "output_type": "generate_until",
-            "doc_to_target": "{{choices[0]}}",
-            "generation_kwargs": {"until": UNTIL, "max_gen_toks": NEW, **generation},
-            "metric_list": [{"metric": "exact_match"}],
-        },
-    }
-    for name, fields in kinds.items():
-        (tasks / f"{name}.yaml").write_text(json.dumps({"task": name, **shared, **fields}))
-    whole = {"group": "skv_all", "task": list(kinds)}
-    (tasks / "all.yaml").write_text(json.dumps(whole))
-    return tasks
-
-
-def run_harness(folder: Path, checkpoint: Path, *arguments: str, processes: int = 1) -> tuple[list[str], Any]:
-    """What each process printed, and the figures by map."""
-    port, file = free_port(), folder / f"found{processes}.json"
-    given = ["harness", str(checkpoint), "--json", str(file), "--retention", "1", "0.5", *arguments]
-    commands = [
-        Command(EVALUATE, given, places(rank, processes, port), folder / f"{rank}.log", folder / f"{rank}.err")
-        for rank in range(processes)
-    ]
-    for rank, command in enumerate(commands):
-        assert command.wait() == 0, (folder / f"{rank}.err").read_text()
-    return [command.printed for command in commands], json.loads(file.read_text())["maps"]
-
-
-def of_all(folder: Path, checkpoint: Path, *arguments: str, processes: int = 1) -> tuple[list[str], Any]:
-    tasks = ("--tasks", "skv_all", "--include-path", str(write_tasks(folder)), "--log-samples", "--batch-size", "3")
-    return run_harness(folder, checkpoint, *tasks, *arguments, processes=processes)
 
 
 class Plain:
@@ -242,11 +168,41 @@ def test_several_processes_find_the_same(
     assert not any(printed[1:])
 
 
-def flat(answers: Any) -> dict[str, Any]:
-    """Numbers and texts by their place, which pytest.approx can compare."""
-    if not isinstance(answers, list):
-        return {"": answers}
-    return {f"{i}.{at}": value for i, answer in enumerate(answers) for at, value in flat(answer).items()}
+@needs_lm_eval
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="lm_eval's own model needs accelerate")
+@pytest.mark.parametrize("chat", [False, True])
+def test_figures_are_those_of_lm_eval_on_the_original(tmp_path: Path, chat: bool) -> None:
+    """A Llama with a tokenizer that puts a token before each text."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    folder = save(make("llama"), tmp_path / "hf")
+    save_tokenizer(folder)
+    from_hf(folder, tmp_path / "ours", None)
+    _, found = of_all(tmp_path, tmp_path / "ours", *(["--chat"] if chat else []))
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=str(folder), device="cpu", dtype="float32"),
+        tasks=["skv_all"],
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks")),
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
+    for task, samples in theirs["samples"].items():
+        for ours, sample in zip(found["1.00"]["samples"][task], samples, strict=True):
+            assert ours["doc_id"] == sample["doc_id"]
+            answers = json.loads(json.dumps(sample["resps"]))
+            assert flat(ours["resps"]) == pytest.approx(flat(answers), abs=1e-4)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Bytes, with a template, and a token before each text."""
+    made = tokenizer_in(folder, CHATML).stock
+    made.add_special_tokens({"bos_token": "<|im_start|>"})
+    before = ("<|im_start|>", made.convert_tokens_to_ids("<|im_start|>"))
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[before])
+    made.save_pretrained(folder)
+    assert load_tokenizer(str(folder)).begin_of_document == before[1]
 
 
 @needs_lm_eval
