@@ -22,8 +22,9 @@ def _parser() -> ArgumentParser:
         prog="skv-eval",
         description=__doc__,
         epilog="example: skv-eval RUN --retention 1 0.5 --prompt 'Once upon a time'. Other commands, each with --help: "
-        "skv-eval questions CHECKPOINT FILE scores answers to questions, skv-eval search CHECKPOINT looks for the "
-        "layers whose cache is worth most, skv-eval compare RUN ... sets the last losses of runs side by side",
+        "skv-eval questions CHECKPOINT FILE scores answers to questions, skv-eval harness CHECKPOINT --tasks TASK ... "
+        "runs lm-evaluation-harness, skv-eval search CHECKPOINT looks for the layers whose cache is worth most, "
+        "skv-eval compare RUN ... sets the last losses of runs side by side",
     )
     parser.add_argument(
         "checkpoint", type=Path, help="a folder such as RUN/checkpoints/step_00000100; RUN means its newest"
@@ -43,6 +44,10 @@ def main(argv: list[str]) -> int:
         from skv_dist.commands.evaluate_questions import evaluate_questions
 
         return evaluate_questions(argv[1:])
+    if argv and argv[0] == "harness":
+        from skv_dist.commands.evaluate_harness import evaluate_harness
+
+        return evaluate_harness(argv[1:])
     if argv and argv[0] == "search":
         from skv_dist.commands.search_layers import search_layers
 

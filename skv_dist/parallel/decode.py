@@ -1,22 +1,16 @@
 """Decoding with a K/V cache of the owners alone, in any layout without sequence parallelism."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 from skv_dist.model.kv_cache import KvCache
 from skv_dist.parallel.engines.base import Engine
-from skv_dist.parallel.wire.communicator import WireCommunicator
-from skv_dist.parallel.wire.port import ChunkPort
-from skv_dist.parallel.wire.widths import wire_widths
+from skv_dist.parallel.forward import Forward
 from skv_dist.routing import RoutePlan
 
 Choose = Callable[[torch.Tensor], torch.Tensor]
@@ -53,16 +47,19 @@ class Decoder:
 
     def __init__(self, engine: Engine, run: RunConfig, plan: RoutePlan) -> None:
         check_decodable(run)
-        self._engine, self._run, self._plan = engine, run, plan
-        self._widths = wire_widths(run, [plan])
-        (chunk,) = engine.model.routed_chunks()
-        self._port = ChunkPort(chunk, 0, 1)
+        self._forward = Forward(engine, run, plan)
         self._device = engine.model.device
         self.cache_bytes_per_token = 0
 
     @torch.no_grad()
     def continue_prompts(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, ends: frozenset[int], choose: Choose, pad: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        ends: frozenset[int],
+        choose: Choose,
+        pad: int,
+        is_complete: Callable[[list[int]], bool] = lambda answer: False,
     ) -> list[list[int]]:
         """The answers to some prompts. Collective over this replica's ranks, which all pass the same.
 
@@ -72,16 +69,8 @@ class Decoder:
             ends: tokens that end an answer, and are no part of it.
             choose: logits float32 [b, V] -> int64 [b]; called on the last stage.
             pad: a token for the places before short prompts and behind answers.
+            is_complete: (of an answer so far) nothing is added to it.
         """
-        self._engine.model.eval()
-        # What is compiled is so for one length of sequence; here each token is another.
-        stance = torch.compiler.set_stance("force_eager") if self._run.train.compile else contextlib.nullcontext()
-        with stance:
-            return self._continue(prompts, new_tokens, ends, choose, pad)
-
-    def _continue(
-        self, prompts: Sequence[Sequence[int]], new_tokens: int, ends: frozenset[int], choose: Choose, pad: int
-    ) -> list[list[int]]:
         longest = max(map(len, prompts))
         begins = torch.tensor([longest - len(prompt) for prompt in prompts], device=self._device)
         tokens = torch.full((len(prompts), longest), pad, device=self._device)
@@ -97,6 +86,8 @@ class Decoder:
                     going_on.discard(row)
                 elif row in going_on:
                     answers[row].append(token)
+                    if is_complete(answers[row]):
+                        going_on.discard(row)
             if not going_on:
                 break
             tokens = chosen[:, None]
@@ -105,7 +96,7 @@ class Decoder:
 
     def _next(self, tokens: torch.Tensor, cache: KvCache, choose: Choose) -> torch.Tensor:
         """One forward over ``tokens`` [b, n]; the chosen next tokens, int64 [b], the same on all ranks."""
-        logits = self._logits(tokens, cache)
+        logits = self._forward.logits(tokens, cache)
         chosen = torch.zeros(len(tokens), dtype=torch.int64, device=self._device)
         if logits is not None:
             chosen = choose(logits[:, -1].float()).to(self._device)
@@ -118,36 +109,6 @@ class Decoder:
         if pipeline_group.size() > 1:
             dist.broadcast(chosen, last, group=pipeline_group)
         return chosen
-
-    def _logits(self, tokens: torch.Tensor, cache: KvCache) -> torch.Tensor | None:
-        """[b, 1, V] on the last stage, elsewhere None."""
-
-        def forward_step(waiting: Iterator[Any], port: ChunkPort) -> tuple[torch.Tensor, object]:
-            out = self._engine.forward(
-                0, self._plan, tokens, received=port.take_input(), width=self._widths.padded, cache=cache
-            )
-            return out, lambda logits, non_loss_data: logits
-
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        communicator = WireCommunicator(
-            parallel_state.get_pipeline_model_parallel_group(),
-            self._port.config,
-            incoming=self._widths.behind(stage - 1),
-            outgoing=self._widths.behind(stage),
-        )
-        collected = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter([tokens]),
-            model=self._port,
-            num_microbatches=1,
-            seq_length=tokens.shape[1],
-            micro_batch_size=tokens.shape[0],
-            forward_only=True,
-            collect_non_loss_data=True,
-            p2p_communicator=communicator,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
-        return collected[0] if collected else None
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:

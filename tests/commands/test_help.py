@@ -9,11 +9,12 @@ import pytest
 from skv_tools.checkpoint import cli as checkpoint
 from skv_tools.convert import cli as convert
 
-from skv_dist.commands import evaluate, evaluate_questions, prepare_data, search_layers, train
+from skv_dist.commands import evaluate, evaluate_harness, evaluate_questions, prepare_data, search_layers, train
 
 PARSERS = {
     "skv-eval": evaluate._parser,
     "skv-eval questions": evaluate_questions._parser,
+    "skv-eval harness": evaluate_harness._parser,
     "skv-eval search": search_layers._parser,
     "skv-data": prepare_data._parser,
     "skv-checkpoint": checkpoint._parser,

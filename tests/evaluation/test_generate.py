@@ -112,3 +112,9 @@ def test_an_answer_ends_at_its_own_end_token(workers: Any, weights: dict[str, np
     assert len(expected[0]) < 6
     ((given, _),) = workers(1)(decoded, settings(64), weights, TABLE, prompts, 6, [end])
     assert given == expected
+
+
+def test_an_answer_that_is_complete_goes_no_further(workers: Any, weights: dict[str, np.ndarray]) -> None:
+    prompts = [ByteTokenizer().encode(text).tolist() for text in ("one", "a longer prompt")]
+    ((given, _),) = workers(1)(decoded, settings(64), weights, TABLE, prompts, 6, [], 2)
+    assert given == [likeliest(weights, prompt, 2) for prompt in prompts]

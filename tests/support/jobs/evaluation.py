@@ -61,8 +61,13 @@ def decoded(
     prompts: list[list[int]],
     new_tokens: int,
     ends: list[int],
+    enough: int | None = None,
 ) -> tuple[list[list[int]], int]:
-    """The likeliest answers, and the bytes of cache that a token takes on this rank."""
+    """The likeliest answers, and the bytes of cache that a token takes on this rank.
+
+    Args:
+        enough: tokens that make an answer complete.
+    """
     from skv_dist.parallel.decode import Decoder, likeliest
     from skv_dist.routing import RoutePlan
 
@@ -70,5 +75,7 @@ def decoded(
         engine = engines.frozen_engine(run, world)
         engines.assign_full(engine, run, world, weights)
         decoder = Decoder(engine, run, RoutePlan(table))
-        answers = decoder.continue_prompts(prompts, new_tokens, frozenset(ends), likeliest, pad=0)
+        answers = decoder.continue_prompts(
+            prompts, new_tokens, frozenset(ends), likeliest, pad=0, is_complete=lambda answer: len(answer) == enough
+        )
         return answers, decoder.cache_bytes_per_token
