@@ -158,12 +158,12 @@ def _to_onnx(arguments: argparse.Namespace) -> int:
         if not arguments.no_verify:
             require(arguments.python, "onnxruntime_genai", "name its interpreter with --python, or give --no-verify")
         with new_folder(arguments.out) as folder:
-            export_onnx(arguments.exported, folder)
+            export_onnx(arguments.exported, folder, arguments.dtype)
             if not arguments.no_verify:
                 say(f"{arguments.out}: comparing with {arguments.exported}, in ONNX Runtime GenAI and transformers")
-                again = f"skv-convert to-onnx {arguments.exported} OUT"
+                again = f"skv-convert to-onnx {arguments.exported} OUT --dtype {arguments.dtype}"
                 try:
-                    findings = verify_onnx(arguments.exported, folder, arguments.python)
+                    findings = verify_onnx(arguments.exported, folder, arguments.python, arguments.dtype)
                 except (UserError, MemoryError) as error:
                     raise keep(folder, arguments.out, f"it could not be compared: {error}", [], again) from error
                 print(table(findings))
@@ -171,7 +171,7 @@ def _to_onnx(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from error
     size = sum(path.stat().st_size for path in arguments.out.iterdir())
-    print(f"{arguments.out}: for ONNX Runtime GenAI, float32, {size / 2**20:,.1f} MiB")
+    print(f"{arguments.out}: for ONNX Runtime GenAI, {arguments.dtype}, {size / 2**20:,.1f} MiB")
     return 0
 
 
@@ -249,6 +249,12 @@ def _parser() -> ArgumentParser:
     onnx.set_defaults(action=_to_onnx)
     onnx.add_argument("exported", type=Path)
     onnx.add_argument("out", type=Path, help="folder to create")
+    onnx.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "int4"),
+        default="float32",
+        help="float16: for GPUs; int4: projections in four bits, the rest in float32 (default: float32)",
+    )
     onnx.add_argument("--no-verify", action="store_true", help="do not compare with the exported folder")
     onnx.add_argument("--python", default=sys.executable, help="interpreter that has onnxruntime-genai")
     return parser

@@ -22,6 +22,16 @@ def float32_limit(noise: float) -> float:
     return max(FLOAT32_LIMIT, 10 * noise)
 
 
+def float16_limit(noise: float) -> float:
+    """For an engine that computes in float16, or rounds to it between operations.
+
+    Args:
+        noise: as for `float32_limit`, in float16. It is thousands of times as large, so that a limit of ten times as
+            much would let another map pass.
+    """
+    return max(FLOAT32_LIMIT, 3 * noise)
+
+
 @dataclass(frozen=True)
 class Finding:
     """What was measured under one map.

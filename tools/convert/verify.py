@@ -1,5 +1,7 @@
 """Whether an exported model is the checkpoint it came from, in the engine that serves it."""
 
+import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -14,9 +16,10 @@ from skv_dist.errors import UserError
 from skv_dist.routing import map_from_retention
 
 from ..engines.export.exported_config import read_config
+from ..engines.export.onnx_genai import float32, is_projection, map_weights, rounded
 from ..weights import DTYPES
 from .blocks import Map
-from .findings import FLOAT64_LIMIT, Finding, float32_limit
+from .findings import FLOAT64_LIMIT, Finding, float16_limit, float32_limit
 from .hf_config import CODE, CODE_FIELDS, OUR_MODEL_TYPE, map_of, shape_of
 from .hf_folder import read_json
 from .layerwise import LogProbs, checkpoint_log_probs
@@ -86,11 +89,16 @@ def verify(
     return findings
 
 
-def verify_onnx(exported: Path, onnx: Path, python: str = sys.executable) -> list[Finding]:
+def verify_onnx(exported: Path, onnx: Path, python: str = sys.executable, dtype: str = "float32") -> list[Finding]:
     """Compare what `export_onnx` wrote, in ONNX Runtime, with the exported folder that it was made from.
 
-    The folder runs in transformers. Memory: that of the larger of both, one after the other; ONNX Runtime holds all
+    The folder runs in transformers, in float64; what is known to be rounded away is measured there too, in float32 or,
+    for a folder of float16, in float16. One of int4 is compared with the same model whose projections are rounded: what
+    four bits cost is another question. Memory: that of the larger of both, one after the other; ONNX Runtime holds all
     weights in float32.
+
+    Args:
+        dtype: of ``onnx``; one of `DTYPES` of the export.
 
     Raises:
         UserError: a folder cannot be read, or an engine fails.
@@ -100,18 +108,37 @@ def verify_onnx(exported: Path, onnx: Path, python: str = sys.executable) -> lis
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         np.save(work / "tokens.npy", comparison_tokens(exported, TEXT, 64))
+        compared = exported
+        if dtype == "int4":
+            compared = work / "rounded"
+            _write_rounded(exported, compared)
 
         def run(*options: str) -> Any:
             files = work / "tokens.npy", work / "expected.npz"
-            return run_engine("transformers", sys.executable, exported, *files, *options)["prefill"]
+            return run_engine("transformers", sys.executable, compared, *files, *options)["prefill"]
 
-        right, narrow = run(), run("--dtype", "float32")
+        right, narrow = run(), run("--dtype", "float16" if dtype == "float16" else "float32")
         other = another_of_folder(sources)
         wrong = None if other is None else run("--kv-source-layers", *map(str, other))
-        unshared = _unshared_bytes(shape_of(config), work, "onnx", python, "float32")
+        unshared = _unshared_bytes(shape_of(config), work, "onnx", python, "float32", "--dtype", dtype)
         measured = run_engine("onnx", python, onnx, work / "tokens.npy", work / "measured.npz")
-    limit = float32_limit(largest_difference(narrow, right))
+    limit = (float16_limit if dtype == "float16" else float32_limit)(largest_difference(narrow, right))
     return [_finding("onnx", sources, measured, right, wrong, limit, unshared)]
+
+
+def _write_rounded(exported: Path, out: Path) -> None:
+    """The folder with its projections as four bits keep them, and all of it in float32."""
+    from safetensors.numpy import save_file
+
+    out.mkdir()
+    for path in exported.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name != "model.safetensors.index.json":
+            shutil.copy(path, out)
+    config = read_json(exported / "config.json")
+    (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    weights = {name: float32(tensor) for name, tensor in map_weights(exported).items()}
+    kept = {name: rounded(tensor) if is_projection(name) else tensor for name, tensor in weights.items()}
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in kept.items()}, out / "model.safetensors")
 
 
 def verify_start(source: Path, checkpoint: Path, tokens: Tokens) -> list[Finding]:
@@ -157,11 +184,11 @@ def _finding(
     )
 
 
-def _unshared_bytes(model: ModelConfig, work: Path, engine: str, python: str, dtype: str) -> float:
+def _unshared_bytes(model: ModelConfig, work: Path, engine: str, python: str, dtype: str, *options: str) -> float:
     """Bytes of cache a token that the engine holds for a model of this shape in which no layer shares."""
     np.save(work / "few.npy", np.full((1, 16), 2, np.int64))
     write_unshared(model, work / "unshared", dtype)
-    measured = run_engine(engine, python, work / "unshared", work / "few.npy", work / "unshared.npz")
+    measured = run_engine(engine, python, work / "unshared", work / "few.npy", work / "unshared.npz", *options)
     return float(measured["cache_bytes_per_token"])
 
 

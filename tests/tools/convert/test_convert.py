@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -203,6 +204,58 @@ def test_an_engine_runs_in_an_interpreter_of_its_own(
 ) -> None:
     monkeypatch.setattr(run_engine, "subprocess", subprocess)
     assert call("to-hf", checkpoint, tmp_path / "out", "--kv-source-layers", *MAPS["irregular"]) == 0
+
+
+def projection_bytes(folder: Path) -> int:
+    import onnx
+
+    initializers = onnx.load(folder / "model.onnx", load_external_data=False).graph.initializer
+    kept = [{pair.key: pair.value for pair in entry.external_data} for entry in initializers if "_proj" in entry.name]
+    return sum(int(entry["length"]) for entry in kept)
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("float16", 0.51), ("int4", 0.2)])
+def test_smaller_onnx_folders_are_compared_too(
+    call: Call,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    largest: float,
+) -> None:
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        pytest.skip("onnxruntime-genai has no wheel for this platform")
+    from skv_tools.engines.export.onnx_genai import decoder
+
+    assert call("to-hf", checkpoint, tmp_path / "out", "--kv-source-layers", *MAPS["arbitrary"], "--no-verify") == 0
+    assert call("to-onnx", tmp_path / "out", tmp_path / "onnx", "--dtype", dtype) == 0
+    said = capsys.readouterr().out
+    assert "| onnx | 3 of 8 |" in said
+    assert f"ONNX Runtime GenAI, {dtype}," in said
+    assert call("to-onnx", tmp_path / "out", tmp_path / "wide", "--no-verify") == 0
+    assert projection_bytes(tmp_path / "onnx") < largest * projection_bytes(tmp_path / "wide")
+    weight = decoder.float32
+    monkeypatch.setattr(decoder, "float32", lambda tensor: np.roll(weight(tensor), 1, axis=0))
+    assert call("to-onnx", tmp_path / "out", tmp_path / "wrong", "--dtype", dtype) == 2
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_four_bits_keep_the_largest_of_each_block_and_round_the_rest() -> None:
+    from skv_tools.engines.export.onnx_genai import rounded
+
+    weight = np.random.default_rng(3).normal(size=(5, 70)).astype(np.float32)  # 70: the last block is not full
+    weight[0, :32] = 0
+    found = rounded(weight)
+    assert (found[0, :32] == 0).all()
+    for begin, end in ((0, 32), (32, 64), (64, 70)):
+        of, to = weight[:, begin:end], found[:, begin:end]
+        extreme = np.take_along_axis(of, np.abs(of).argmax(-1)[:, None], -1)
+        assert np.take_along_axis(to, np.abs(of).argmax(-1)[:, None], -1) == pytest.approx(extreme)
+        # Half a step inside; a whole one at the other end, where there is no code 16.
+        assert (np.abs(to - of) <= np.abs(extreme) / 8 * 1.001).all()
+        inside = of * -np.sign(extreme) < np.abs(extreme) * 7.4 / 8
+        assert (np.abs(to - of)[inside] <= (np.broadcast_to(np.abs(extreme), of.shape) / 16 * 1.001)[inside]).all()
 
 
 def test_what_is_written_for_onnx_is_compared(

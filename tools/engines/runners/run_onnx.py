@@ -1,10 +1,10 @@
 """Log-probs and cache size of an exported folder in ONNX Runtime GenAI; run with that engine's own Python.
 
-    python run_onnx.py FOLDER TOKENS.npy OUT.npz [--long N]
+    python run_onnx.py FOLDER TOKENS.npy OUT.npz [--dtype TYPE] [--long N]
 
-FOLDER is an exported folder (converted beside OUT first) or one that `onnx_genai.export_onnx` wrote. TOKENS: int64
-[n, s]. OUT: ``prefill`` and ``stepwise`` float32 [n, s, V], ``cache_bytes_per_token`` and ``cache_measured``, how it
-was. With ``--long`` also ``long_rss_bytes``: by how much the process grew for a generator of N tokens.
+FOLDER is an exported folder (converted beside OUT first, to the type given) or one that `onnx_genai.export_onnx` wrote.
+TOKENS: int64 [n, s]. OUT: ``prefill`` and ``stepwise`` float32 [n, s, V], ``cache_bytes_per_token`` and
+``cache_measured``, how it was. With ``--long`` also ``long_rss_bytes``: by how much the process grew for a generator of N tokens.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import onnxruntime_genai as og
 
 # By path: the engine's own Python need not have skv-dist.
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from export.onnx_genai import export_onnx
+from export.onnx_genai import DTYPES, export_onnx
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("tokens", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     parser.add_argument("--long", type=int, metavar="N")
     arguments = parser.parse_args()
     tokens = np.load(arguments.tokens)
@@ -71,7 +72,7 @@ def main() -> None:
         if not (folder / "genai_config.json").exists():
             folder = Path(scratch, "onnx")
             folder.mkdir()
-            export_onnx(arguments.folder, folder)
+            export_onnx(arguments.folder, folder, arguments.dtype)
         model = og.Model(str(folder))
         results: dict[str, Any] = {
             "prefill": np.stack([_feed(model, row, len(row)) for row in tokens]),

@@ -1,6 +1,6 @@
 """Log-probs and cache size of an exported folder in transformers; run with that engine's own Python.
 
-    python run_transformers.py FOLDER TOKENS.npy OUT.npz [--kv-source-layers L ...] [--dtype float32]
+    python run_transformers.py FOLDER TOKENS.npy OUT.npz [--kv-source-layers L ...] [--dtype float32|float16]
 
 TOKENS: int64 [n, s]. OUT: ``prefill`` and ``stepwise`` float64 [n, s, V], computed in float64 or in what ``--dtype``
 says; ``cache_bytes_per_token``, held in the folder's own type, and ``cache_measured``, how it was; ``stored``,
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("tokens", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--kv-source-layers", type=int, nargs="+", help="map of an adaptive folder")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float64", help="computed in")
+    parser.add_argument("--dtype", choices=("float16", "float32", "float64"), default="float64", help="computed in")
     arguments = parser.parse_args()
     AutoConfig.register("skv", modeling_skv.SkvConfig)
     AutoModelForCausalLM.register(modeling_skv.SkvConfig, modeling_skv.SkvForCausalLM)

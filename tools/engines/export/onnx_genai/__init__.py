@@ -3,6 +3,9 @@
 Imports nothing of ours, so that `runners/run_onnx.py` can use it in a Python that has no skv-dist.
 """
 
-from .folder import check_expressible, export_onnx
+from .decoder import is_projection
+from .folder import DTYPES, check_expressible, export_onnx
+from .int4 import rounded
+from .weights import float32, map_weights
 
-__all__ = ["check_expressible", "export_onnx"]
+__all__ = ["DTYPES", "check_expressible", "export_onnx", "float32", "is_projection", "map_weights", "rounded"]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .graph import MICROSOFT, Graph
+from .int4 import BLOCK, quantize
 from .weights import Array, float32
 
 _NORM = "SimplifiedLayerNormalization"  # ONNX Runtime's name for RMSNorm
@@ -27,14 +28,23 @@ def cache_names(prefix: str, owner: int) -> list[str]:
     return [f"{prefix}.{owner}.key", f"{prefix}.{owner}.value"]
 
 
-def add_decoder(graph: Graph, config: dict[str, Any], weights: dict[str, Array]) -> None:
-    """Put all nodes of the model into ``graph``, from ``input_ids`` [b, s] to ``logits`` [b, s, V]."""
-    _Decoder(graph, config, weights).add()
+def is_projection(name: str) -> bool:
+    """Whether a weight is multiplied with all of a hidden state, and looked up nowhere."""
+    return name.endswith("_proj.weight") or name == "lm_head.weight"
+
+
+def add_decoder(graph: Graph, config: dict[str, Any], weights: dict[str, Array], *, is_int4: bool = False) -> None:
+    """Put all nodes of the model into ``graph``, from ``input_ids`` [b, s] to ``logits`` [b, s, V].
+
+    Args:
+        is_int4: weights of which `is_projection` says yes are kept in four bits.
+    """
+    _Decoder(graph, config, weights, is_int4).add()
 
 
 class _Decoder:
-    def __init__(self, graph: Graph, config: dict[str, Any], weights: dict[str, Array]) -> None:
-        self.graph, self.config, self.weights = graph, config, weights
+    def __init__(self, graph: Graph, config: dict[str, Any], weights: dict[str, Array], is_int4: bool) -> None:
+        self.graph, self.config, self.weights, self.is_int4 = graph, config, weights, is_int4
         self.heads, self.width = config["num_attention_heads"], config["head_dim"]
         self.groups = config["num_key_value_heads"]
         self.epsilon, self.qk_norm = config["rms_norm_eps"], config["qk_norm"]
@@ -59,8 +69,7 @@ class _Decoder:
         if self.config["tie_word_embeddings"]:
             self.graph.node("FusedMatMul", [hidden, embedding], "logits", domain=MICROSOFT, transB=1)
         else:
-            head = self.graph.weight("lm_head.weight", float32(self.weights["lm_head.weight"]).T)
-            self.graph.node("MatMul", [hidden, head], "logits")
+            self._product(hidden, "lm_head.weight", "logits")
 
     def _add_constants(self) -> None:
         for name, table in zip(("cos_cache", "sin_cache"), rotary_tables(self.config)):
@@ -84,7 +93,7 @@ class _Decoder:
         batch = self.graph.node("Shape", ["input_ids"], "batch", start=0, end=1)
         none = self.graph.constant("no_keys", [0, self.groups * self.width])
         shape = self.graph.node("Concat", [batch, none], "empty_shape", axis=0)
-        self.graph.node("ConstantOfShape", [shape], "empty")
+        self.graph.zeros(shape, "empty")
 
     def _attention(self, normed: str, layer: int, name: str) -> str:
         """[b, s, h] -> [b, s, h]"""
@@ -138,9 +147,17 @@ class _Decoder:
         return self.graph.node("Reshape", [normed, joined], f"{name}/out")
 
     def _linear(self, states: str, name: str) -> str:
-        # transformers keeps [out, in], MatMul takes [in, out]
-        weight = self.graph.weight(f"{name}.weight", float32(self.weights[f"{name}.weight"]).T)
-        return self.graph.node("MatMul", [states, weight], f"{name}/out")
+        return self._product(states, f"{name}.weight", f"{name}/out")
+
+    def _product(self, states: str, name: str, out: str) -> str:
+        weight = float32(self.weights[name])  # [out, in]
+        if not self.is_int4:
+            return self.graph.node("MatMul", [states, self.graph.weight(name, weight.T)], out)
+        codes, scales = quantize(weight)
+        inputs = [states, self.graph.packed(name, codes), self.graph.weight(f"{name}/scales", scales.reshape(-1))]
+        width, depth = weight.shape
+        sizes = {"N": width, "K": depth, "bits": 4, "block_size": BLOCK}
+        return self.graph.node("MatMulNBits", inputs, out, domain=MICROSOFT, **sizes)
 
     def _weight(self, name: str) -> str:
         return self.graph.weight(name, float32(self.weights[name]))

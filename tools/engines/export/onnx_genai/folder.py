@@ -1,6 +1,12 @@
 """The folder that ONNX Runtime GenAI reads.
 
-Weights are stored as float32, whatever the exported folder holds: the CPU provider has no other type for all nodes.
+Its type is one of `DTYPES`, whatever the exported folder holds:
+
+- float32: for processors, which compute in it.
+- float16: half of the size, cache and logits too; for GPUs. The CPU provider computes in float32 and rounds between
+  nodes.
+- int4: float32 but for the projections, which are kept in blocks of 32 numbers of four bits. Embeddings and a head tied
+  to them stay float32.
 """
 
 import json
@@ -13,26 +19,32 @@ from .decoder import add_decoder, cache_names
 from .graph import MICROSOFT, Graph
 from .weights import Array, map_weights
 
+DTYPES = ("float32", "float16", "int4")
 _HEAD_MULTIPLE = 16
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "min_length", "num_beams")
 _NOT_COPIED = {"config.json", "generation_config.json", "model.safetensors.index.json"}  # all else is the tokenizer's
 
 
-def export_onnx(folder: Path, out: Path) -> None:
+def export_onnx(folder: Path, out: Path, dtype: str = "float32") -> None:
     """Write into the folder ``out``: ``model.onnx``, its data file, ``genai_config.json`` and the tokenizer's files.
 
     One weight is in memory at a time.
+
+    Args:
+        dtype: one of `DTYPES`.
 
     Raises:
         ValueError: the folder cannot be expressed.
     """
     config, weights = check_expressible(folder)
     import onnx
-    from onnx import helper
+    from onnx import TensorProto, helper
 
-    with Graph(out) as graph:
-        add_decoder(graph, config, weights)
-    body = helper.make_graph(graph.nodes, "skv", _inputs(config), _outputs(config), graph.initializers)
+    with Graph(out, is_half=dtype == "float16") as graph:
+        add_decoder(graph, config, weights, is_int4=dtype == "int4")
+    number = TensorProto.FLOAT16 if dtype == "float16" else TensorProto.FLOAT
+    inputs, outputs = _inputs(config, number), _outputs(config, number)
+    body = helper.make_graph(graph.nodes, "skv", inputs, outputs, graph.initializers)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
     model = helper.make_model(body, opset_imports=opsets, ir_version=10, producer_name="skv-dist")
     onnx.save(model, out / "model.onnx")
@@ -90,28 +102,32 @@ def _check(config: dict[str, Any], weights: dict[str, Array], folder: Path) -> N
         raise ValueError(f"{folder}: {biased[0]} is not supported here")
 
 
-def _inputs(config: dict[str, Any]) -> list[Any]:
+def _inputs(config: dict[str, Any], number: int) -> list[Any]:
     from onnx import TensorProto, helper
 
     tokens = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["b", "s"])
     mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["b", "t"])
-    return [tokens, mask, *_caches(config, "past_key_values", "past")]
+    return [tokens, mask, *_caches(config, number, "past_key_values", "past")]
 
 
-def _outputs(config: dict[str, Any]) -> list[Any]:
-    from onnx import TensorProto, helper
+def _outputs(config: dict[str, Any], number: int) -> list[Any]:
+    from onnx import helper
 
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "s", config["vocab_size"]])
-    return [logits, *_caches(config, "present", "t")]
+    logits = helper.make_tensor_value_info("logits", number, ["b", "s", config["vocab_size"]])
+    return [logits, *_caches(config, number, "present", "t")]
 
 
-def _caches(config: dict[str, Any], prefix: str, length: str) -> list[Any]:
-    """One key and one value for each owner, [b, groups, length, d]."""
-    from onnx import TensorProto, helper
+def _caches(config: dict[str, Any], number: int, prefix: str, length: str) -> list[Any]:
+    """One key and one value for each owner, [b, groups, length, d].
+
+    Args:
+        number: their type, as onnx numbers it.
+    """
+    from onnx import helper
 
     shape = ["b", config["num_key_value_heads"], length, config["head_dim"]]
     names = [name for owner in range(_num_caches(config)) for name in cache_names(prefix, owner)]
-    return [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names]
+    return [helper.make_tensor_value_info(name, number, shape) for name in names]
 
 
 def _num_caches(config: dict[str, Any]) -> int:

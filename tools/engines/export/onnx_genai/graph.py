@@ -13,9 +13,14 @@ _ALIGNMENT = 4096  # so that the runtime can map the file
 
 
 class Graph:
-    """Nodes in the order of execution, and initializers, whose bytes go to the data file in ``folder`` at once."""
+    """Nodes in the order of execution, and initializers, whose bytes go to the data file in ``folder`` at once.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        is_half: floating-point weights are kept as float16 instead of float32.
+    """
+
+    def __init__(self, folder: Path, is_half: bool = False) -> None:
+        self._float = np.float16 if is_half else np.float32
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self._data = (folder / DATA).open("wb")
@@ -42,14 +47,28 @@ class Graph:
         self.initializers.append(numpy_helper.from_array(np.array(values, np.int64), name))
         return name
 
+    def zeros(self, shape: str, output: str) -> str:
+        """A floating-point tensor of a shape that is known when the model runs."""
+        from onnx import numpy_helper
+
+        return self.node("ConstantOfShape", [shape], output, value=numpy_helper.from_array(np.zeros(1, self._float)))
+
     def weight(self, name: str, tensor: Array) -> str:
-        """float32, kept in the data file."""
-        from onnx import TensorProto
+        """A floating-point tensor, kept in the data file."""
+        return self._stored(name, np.ascontiguousarray(tensor, self._float))
+
+    def packed(self, name: str, tensor: Array) -> str:
+        """uint8, kept in the data file."""
+        return self._stored(name, np.ascontiguousarray(tensor, np.uint8))
+
+    def _stored(self, name: str, tensor: Array) -> str:
+        from onnx import TensorProto, helper
 
         self._data.seek(-self._data.tell() % _ALIGNMENT, 1)
-        offset, tensor = self._data.tell(), np.ascontiguousarray(tensor, np.float32)
+        offset = self._data.tell()
         tensor.tofile(self._data)
-        entry = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=tensor.shape)
+        data_type = helper.np_dtype_to_tensor_dtype(tensor.dtype)
+        entry = TensorProto(name=name, data_type=data_type, dims=tensor.shape)
         entry.data_location = TensorProto.EXTERNAL
         for key, value in (("location", DATA), ("offset", offset), ("length", tensor.nbytes)):
             entry.external_data.add(key=key, value=str(value))
