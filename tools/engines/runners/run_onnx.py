@@ -4,7 +4,8 @@
 
 FOLDER is an exported folder (converted beside OUT first, to the type given) or one that `onnx_genai.export_onnx` wrote.
 TOKENS: int64 [n, s]. OUT: ``prefill`` and ``stepwise`` float32 [n, s, V], ``cache_bytes_per_token`` and
-``cache_measured``, how it was. With ``--long`` also ``long_rss_bytes``: by how much the process grew for a generator of N tokens.
+``cache_measured``, how it was. With ``--long`` also ``long_rss_bytes``: by how much the process grew for a generator
+of N tokens.
 """
 
 import argparse
