@@ -52,6 +52,9 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--free-sources", action="store_true", help="a sharer may use any owner, not only the nearest")
     parser.add_argument("--json", type=Path, help="write what was found to this file, for exports and training")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw loss over budget to this file, such as front.png"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     maps.describe_overrides(parser)
     return parser
@@ -69,6 +72,10 @@ def search_layers(argv: list[str]) -> int:
     arguments.checkpoint = checkpoint_at(arguments.checkpoint)
     if arguments.samples is not None and arguments.samples < 2:
         raise UserError(f"--samples must be at least 2, of which differences get their error, got {arguments.samples}")
+    if arguments.plot is not None:
+        from skv_dist.evaluation.search.front import check_plottable
+
+        check_plottable(arguments.plot)
     asked = [] if arguments.samples is None else [f"eval.samples={arguments.samples}"]
     run = maps.configuration(arguments, asked)
 
@@ -99,6 +106,10 @@ def search_layers(argv: list[str]) -> int:
             maps.write_json(arguments.json, content)
             if progress is not None:
                 progress.end()
+        if arguments.plot is not None:
+            from skv_dist.evaluation.search.front import plot_front
+
+            plot_front(content, run.model.num_layers, arguments.plot)
     groups.stop()
     return 0
 

@@ -67,6 +67,20 @@ def test_the_file_says_what_was_found(found: tuple[str, Any], checkpoint: Path, 
     assert content["budgets"][0]["loss"] == pytest.approx(2 * both - first, rel=1e-6)
 
 
+def test_the_front_is_drawn(found: tuple[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from skv_dist.evaluation.search.front import check_plottable, plot_front
+
+    check_plottable(tmp_path / "front.svg")
+    plot_front(found[1], 8, tmp_path / "front.svg")
+    drawn = (tmp_path / "front.svg").read_text()
+    assert "<svg" in drawn
+    with pytest.raises(UserError, match=r"front\.doc: a figure is one of"):
+        check_plottable(tmp_path / "front.doc")
+    with pytest.raises(UserError, match="is no folder"):
+        check_plottable(tmp_path / "none" / "front.png")
+
+
 def test_layouts_find_the_same(found: tuple[str, Any], checkpoint: Path, tmp_path: Path) -> None:
     """Replicas share out the sequences; stages pass the rows on."""
     _, one = found

@@ -129,7 +129,8 @@ def _loading_code(name: str, config: dict[str, Any], export: Export, chats: bool
     lines = ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += [f'tokenizer = AutoTokenizer.from_pretrained("{name}"{custom})', f"{load})"]
     if export.adaptive:
-        lines += [f"{load}, kv_retention=0.5)  # groups of two layers"]
+        means = "groups of two layers" if export.order is None else "the first half of kv_order keeps a cache"
+        lines += [f"{load}, kv_retention=0.5)  # {means}"]
         lines += [f"{load}, kv_source_layers={list(export.sources)})"]
     lines += [""]
     if chats:

@@ -10,7 +10,7 @@ from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 
 from .blocks import Map
-from .searched import found_map
+from .searched import found_map, found_order
 
 
 def _from_hf(arguments: argparse.Namespace) -> int:
@@ -62,9 +62,19 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     checkpoint = checkpoint_at(arguments.checkpoint)
     if checkpoint != arguments.checkpoint:
         say(f"{arguments.checkpoint}: its newest checkpoint is {checkpoint}")
-    sources, chosen = _asked_map(arguments, checkpoint, config_of(checkpoint))
+    run = config_of(checkpoint)
+    sources, chosen = _asked_map(arguments, checkpoint, run)
     shard_bytes = int(arguments.shard_gb * 2**30)
-    export = Export(sources, arguments.adaptive, arguments.architecture, arguments.dtype, shard_bytes, chosen)
+    order = run.routing.order if arguments.from_search is None else found_order(arguments.from_search)
+    export = Export(
+        sources,
+        arguments.adaptive,
+        arguments.architecture,
+        arguments.dtype,
+        shard_bytes,
+        chosen,
+        None if order is None else tuple(order),
+    )
     text = comparison_text(arguments.text, arguments.tokens)
     check_expressible(checkpoint, export)
     with new_folder(arguments.out) as folder:

@@ -277,11 +277,14 @@ def stock_fields(architecture: str) -> dict[str, Any]:
     return fields
 
 
-def shared_fields(model: ModelConfig, sources: Map, weight_layers: Sequence[int]) -> dict[str, Any]:
+def shared_fields(
+    model: ModelConfig, sources: Map, weight_layers: Sequence[int], order: Sequence[int] | None = None
+) -> dict[str, Any]:
     """Of a model that runs code of ours.
 
     Args:
         weight_layers: those whose key and value weights are in the folder.
+        order: of the layers, the most needed first, for ``kv_retention``.
     """
     return {
         "architectures": ["SkvForCausalLM"],
@@ -290,6 +293,7 @@ def shared_fields(model: ModelConfig, sources: Map, weight_layers: Sequence[int]
         "qk_norm": model.qk_norm,
         "kv_source_layers": list(sources),
         "kv_weight_layers": list(weight_layers),
+        **({} if order is None else {"kv_order": list(order)}),
     }
 
 

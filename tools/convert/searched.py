@@ -9,6 +9,15 @@ from skv_dist.routing.found import read_found
 from .blocks import Map
 
 
+def found_order(file: Path) -> tuple[int, ...]:
+    """The order of the layers that ``skv-eval search`` found, the most needed first.
+
+    Raises:
+        UserError: the file is none of a search.
+    """
+    return tuple(read_found(file).order)
+
+
 def found_map(file: Path, budget: float, checkpoint: Path, num_layers: int) -> tuple[Map, str]:
     """``kv_source_layers`` that ``skv-eval search`` found for a budget, and how it was chosen, for the card.
 

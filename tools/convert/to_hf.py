@@ -48,6 +48,7 @@ class Export:
         dtype: ``float32``, ``bfloat16`` or ``float16``; None: what the run computed in.
         shard_bytes: a file of weights is no larger, unless one tensor is.
         chosen: how the map was chosen, in words; empty where nothing is shared.
+        order: in which the layers of an adaptive folder keep their cache, the most needed first; None: uniform groups.
     """
 
     sources: Map
@@ -56,6 +57,7 @@ class Export:
     dtype: str | None = None
     shard_bytes: int = 2 * 2**30
     chosen: str = ""
+    order: tuple[int, ...] | None = None
 
     @property
     def is_stock(self) -> bool:
@@ -129,7 +131,7 @@ def _architecture_fields(model: ModelConfig, export: Export) -> dict[str, Any]:
         return stock_fields(stock_architecture(model, export.architecture))
     if export.architecture is not None:
         raise UserError("--architecture is for a full export: a model that shares K/V runs code of its own")
-    return shared_fields(model, export.sources, export.weight_layers)
+    return shared_fields(model, export.sources, export.weight_layers, export.order if export.adaptive else None)
 
 
 def copy_code(out: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from skv_dist.checkpoint.frozen_model import config_of
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
-from skv_dist.routing import map_from_retention
+from skv_dist.routing import map_from_order, map_from_retention
 
 from ..engines.export.exported_config import read_config
 from ..engines.export.onnx_genai import float32, is_projection, map_weights, rounded
@@ -240,7 +240,9 @@ def _maps_to_try(config: dict[str, Any], engine: str) -> list[Map]:
     is_adaptive = len(config.get("kv_weight_layers") or ()) == layers
     if engine != "transformers" or not is_adaptive:
         return [sources]
-    return list(dict.fromkeys([sources, *(map_from_retention(layers, retention) for retention in (1.0, 0.5, 0.25))]))
+    order = config.get("kv_order")
+    few = [map_from_retention(layers, r) if order is None else map_from_order(order, r) for r in (1.0, 0.5, 0.25)]
+    return list(dict.fromkeys([sources, *few]))
 
 
 def another_of_folder(sources: Map) -> Map | None:

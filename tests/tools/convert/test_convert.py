@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 from skv_tools.convert import run_engine
 
+from skv_dist.checkpoint.folder import MANIFEST, digest
+from skv_dist.routing import map_from_order
+from skv_dist.routing.found import FORMAT
 from tests.support.jobs.loop import run_training
 from tests.support.settings import BASE, run_settings
 from tests.tools.convert.hf_models import LAYERS, Call, make, save
@@ -204,6 +207,33 @@ def test_an_engine_runs_in_an_interpreter_of_its_own(
 ) -> None:
     monkeypatch.setattr(run_engine, "subprocess", subprocess)
     assert call("to-hf", checkpoint, tmp_path / "out", "--kv-source-layers", *MAPS["irregular"]) == 0
+
+
+def test_an_adaptive_folder_follows_the_order_that_a_search_found(
+    call: Call, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    order = [0, 5, 2, 7, 1, 3, 6, 4]
+    half = map_from_order(order, 0.5)
+    entry = {"budget": 0.5, "layers": order[:4], "kv_source_layers": list(half), "rise": 0.0, "rise_error": 0.0}
+    content = {
+        "format": FORMAT,
+        "fingerprint": digest(checkpoint / MANIFEST)["sha256"],
+        "order": order,
+        "budgets": [{**entry, "evenly_spread": {"loss": 0.0, "found_less_this": 0.0, "error": 0.0}}],
+    }
+    (tmp_path / "layers.json").write_text(json.dumps(content))
+    asked = ["--from-search", tmp_path / "layers.json", "--budget", 0.5, "--adaptive"]
+    assert call("to-hf", checkpoint, tmp_path / "out", *asked) == 0
+    said = capsys.readouterr().out
+    assert all(f"| transformers | {owners} of 8 |" in said for owners in (8, 4, 2))  # of the order, and compared
+    for retention in (1.0, 0.7, 0.5, 0.3, 0.1):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, kv_retention=retention)
+        assert model.config.sources == list(map_from_order(order, retention))
+    config = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True, kv_order=order[::-1], kv_retention=1)
+    with pytest.raises(ValueError, match=r"kv_order must name each of 0\.\.7 once, and 0 first"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 
 
 def projection_bytes(folder: Path) -> int:

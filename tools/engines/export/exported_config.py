@@ -82,6 +82,7 @@ class _Ours(_Map):
     rope_parameters: _Rope
     kv_source_layers: list[_Layer]
     kv_weight_layers: list[_Layer]
+    kv_order: list[_Layer] | None = None
     kv_retention: float | None = None
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
@@ -99,6 +100,9 @@ class _Ours(_Map):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, but positions rotate pairs")
+        order = self.kv_order
+        if order is not None and (sorted(order) != list(range(self.num_hidden_layers)) or order[0] != 0):
+            raise ValueError(f"kv_order must name each of 0..{self.num_hidden_layers - 1} once, and 0 first")
         return self
 
 
