@@ -76,6 +76,19 @@ def test_what_is_missing_is_run_and_the_page_says_it(folder: Path) -> None:
     )
 
 
+def test_shares_are_compared_in_loss_and_in_scores(folder: Path) -> None:
+    given, runs = load(write(folder, compare_shares=[["dense@1.00", "routed@0.50"]]))
+    assert study.execute(runs, [""], lambda line: None) == 0
+    for run in runs:
+        best = 50 + run.seed + (run.variant == "routed")
+        answers = {name: {"token_f1": best - cut, "exact_match": 10.0} for name, cut in (("1.00", 0), ("0.50", 8))}
+        (run.folder / "questions.json").write_text(json.dumps(answers))
+    text = page(folder / "study.yaml", given, runs, "stand_in_trainer")
+    title = "routed at 50 % minus dense at 100 %"
+    assert f"| {title} | 2 | 4.650 ± 0.071 | 3.150 ± 0.071 | **+1.500** (error 0.000; +1.500 to +1.500) |" in text
+    assert f"| {title} | 2 | 44.5 ± 0.7 | 51.5 ± 0.7 | **-7.000** (error 0.000; -7.000 to -7.000) |" in text
+
+
 def test_a_run_waits_for_the_one_that_it_reads_from(folder: Path) -> None:
     variants = {
         "student": {"set": ["routing.policy=r_cla", "distillation.teacher=runs/teacher/{seed}/checkpoints"]},
