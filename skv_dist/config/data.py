@@ -180,10 +180,6 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _streams_are_not_prepared(self) -> "DataConfig":
-        if self.streaming and any(s.holds_examples for s in (*self.sources, *self.validation_sources)):
-            raise ValueError(
-                "streaming: true and examples (prompt_field, messages_field) do not work together: set streaming: false"
-            )
         if self.streaming and any(source.format == "prepared" for source in self.sources):
             raise ValueError("streaming reads raw text, but a source has format 'prepared': set streaming: false")
         if self.streaming and self.validation_split == "sequence" and not self.validation_sources:

@@ -55,15 +55,26 @@ def fit_examples(prepared: PreparedSet, chosen: np.ndarray, config: DataConfig, 
         )
     fits = np.ones(len(chosen), dtype=bool)
     for index in too_long:
-        begin = int(ends[index]) - capacity
-        # What is left must hold the whole last answer: half an answer would teach nonsense.
-        answered = np.flatnonzero(prepared.answers[begins[index] : ends[index]]) + int(begins[index])
-        first_of_last = answered[-1] - _run_length(answered) + 1 if len(answered) else -1
-        fits[index] = config.too_long == "cut" and first_of_last > begin
-        begins[index] = begin
+        kept = first_kept(prepared.answers[begins[index] : ends[index]], capacity)
+        fits[index] = config.too_long == "cut" and kept is not None
+        begins[index] = int(ends[index]) - capacity
     is_cut = np.zeros(len(chosen), dtype=bool)
     is_cut[too_long] = True
     return Fitted(chosen[fits], begins[fits], (ends - begins)[fits], is_cut[fits], int((~fits).sum()))
+
+
+def first_kept(answer: np.ndarray, capacity: int) -> int | None:
+    """Where an example that is longer than ``capacity`` begins once it is cut from the left.
+
+    What is left must hold the whole last answer: half an answer would teach nonsense. None where it does not.
+
+    Args:
+        answer: bool [n], the tokens that a model is to answer.
+    """
+    begin = len(answer) - capacity
+    answered = np.flatnonzero(answer)
+    first_of_last = int(answered[-1]) - _run_length(answered) + 1 if len(answered) else -1
+    return begin if first_of_last > begin else None
 
 
 def _run_length(places: np.ndarray) -> int:

@@ -56,6 +56,15 @@ def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
+def document_hash(document: Document) -> int:
+    """`text_hash` of what tells a document from others."""
+    if isinstance(document, str):
+        return text_hash(document)
+    if isinstance(document, Example):
+        return text_hash(f"{document.prompt}\0{document.response}")
+    return text_hash(json.dumps(document.messages, sort_keys=True))
+
+
 def num_characters(document: Document) -> int:
     """About how much text it is."""
     if isinstance(document, str):
@@ -77,18 +86,18 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> TokenDocument:
     if isinstance(document, str):
         text = tokenizer.encode(document)
         ids = text if len(text) == 0 else _whole(tokenizer, text)
-        return TokenDocument(ids, text_hash(document))
+        return TokenDocument(ids, document_hash(document))
     if isinstance(document, Example):
         prompt, response = tokenizer.encode(document.prompt), tokenizer.encode(document.response)
         ids = _whole(tokenizer, prompt, response)
         answer = np.zeros(len(ids), dtype=bool)
         answer[len(ids) - len(response) - 1 :] = True  # and the end token, so that a model learns to stop
-        return TokenDocument(ids, text_hash(f"{document.prompt}\0{document.response}"), answer)
+        return TokenDocument(ids, document_hash(document), answer)
     try:
         ids, answer = tokenizer.encode_chat(document.messages)
     except UserError as error:
         raise UserError(f"data source '{document.place}: {error}") from error
-    return TokenDocument(ids, text_hash(json.dumps(document.messages, sort_keys=True)), answer)
+    return TokenDocument(ids, document_hash(document), answer)
 
 
 def _whole(tokenizer: Tokenizer, *pieces: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from skv_dist.data.row_documents import document_of_row
 from skv_dist.data.skipped import Skipped
 from skv_dist.data.stream_files import Listing, StreamFiles
 from skv_dist.data.tokenizer import Tokenizer
+from skv_dist.data.waiting_examples import Fitting
 
 LaneStates = Mapping[tuple[int, int], LaneState]  # by source and lane
 
@@ -60,12 +61,13 @@ class StreamSource:
                 lanes=lanes,
                 seed=seed,
                 block=block,
-                sequence_length=config.sequence_length,
+                fitting=Fitting(config.sequence_length, config.too_long, config.train_on == "response"),
                 held_out=held_out,
                 fraction=config.validation_fraction,
                 split_seed=config.split_seed,
             ),
             self._note_epoch,
+            holds_examples=source.holds_examples,
         )
         self._lanes: dict[int, Lane] = {}
         self._num_lanes_here = num_lanes_here
@@ -89,9 +91,10 @@ class StreamSource:
         self._ended.add(lane)
         if epoch != 1 or len(self._ended) != self._num_lanes_here:
             return
-        report = self._reader.skipped.report()
-        if report and os.environ.get("RANK", "0") == "0":
-            print(report, flush=True)
+        reports = [self._reader.skipped.report(), self._reader.too_long_report()]
+        for report in reports if os.environ.get("RANK", "0") == "0" else []:
+            if report is not None:
+                print(report, flush=True)
 
 
 class TrainingStream:
@@ -129,7 +132,7 @@ class TrainingStream:
         Args:
             state: None: all text is read from its beginning.
             keep_tokens: whether the tokens that are left of cut documents are those of today's tokenizer; else these
-                documents lose their rest.
+                documents lose their rest, and examples that waited for room are left out.
 
         Returns:
             The paths of sources that are read from their beginning, as they are not those of ``state`` or come in
@@ -145,8 +148,8 @@ class TrainingStream:
                 anew.append(source.path)
                 continue
             for lane, on_disk in before.lanes.items():
-                values = on_disk if keep_tokens else on_disk.model_copy(update={"remaining": ""})
-                self._started[number, int(lane)] = values.state()
+                state_of_lane = on_disk.state()
+                self._started[number, int(lane)] = state_of_lane if keep_tokens else state_of_lane.without_tokens
         return anew
 
     def states(self) -> LaneStates:

@@ -249,11 +249,6 @@ def test_examples_need_attention_of_their_own(tmp_path: Path) -> None:
     assert len(sequences_of(data_config(tmp_path, prepared))) == len(sequences_of(data_config(tmp_path, source(file))))
 
 
-def test_examples_are_not_streamed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"streaming: true and examples .* do not work together: set streaming: false"):
-        data_config(tmp_path, source(written(tmp_path, rows())), streaming=True)
-
-
 def test_a_set_of_examples_is_whole(tmp_path: Path) -> None:
     prepare([source(written(tmp_path, rows()))], BYTES, tmp_path / "set", progress=False)
     answers = tmp_path / "set" / "tokens.answer"

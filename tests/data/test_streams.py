@@ -127,7 +127,7 @@ def test_an_epoch_of_the_lanes_together_is_exact(source: SourceConfig) -> None:
         lanes.take(lane, LaneState())
         reader = lanes._lanes[lane]._reader
         for part in reader.parts(0, lane):
-            texts += [text for _, text in reader.documents(part, None, lanes._lanes[lane]._count)]
+            texts += [str(one.document) for _, one in reader.documents(part, None, lanes._lanes[lane]._count)]
         found.update(int(number) for text in texts for number in re.findall(r"<(\d+)>", text))
         assert len(texts) < NUM_DOCUMENTS / 2  # shares are about equal, although files are not
     assert found == Counter(range(NUM_DOCUMENTS))
