@@ -64,16 +64,14 @@ class WaitingExamples:
         Raises:
             UserError: an example is too long, and ``data.too_long`` is refuse.
         """
-        while len(self.waiting) < NUM_WAITING:
-            example, place = self._next_one()
-            fitted = self._fitted(example, str(place))
-            if fitted is not None:
-                self.waiting.append(fitted)
+        self._fill_up()
         chosen = [self.waiting.pop(0)]
         room = self._capacity - len(chosen[0].ids)
+        self._fill_up()
         while fitting := [number for number, one in enumerate(self.waiting) if len(one.ids) <= room]:
             chosen.append(self.waiting.pop(max(fitting, key=lambda number: (len(self.waiting[number].ids), -number))))
             room -= len(chosen[-1].ids)
+            self._fill_up()
         tokens = np.full(self._capacity, self._pad, dtype=np.int64)
         counts = np.zeros(self._capacity, dtype=bool)
         documents = np.full(self._capacity, len(chosen), dtype=np.int64)  # of the padding
@@ -84,6 +82,13 @@ class WaitingExamples:
             counts[place] = example.answer if self._fitting.only_answers else True
             begin = place.stop
         return Sample(tokens, documents, counts)
+
+    def _fill_up(self) -> None:
+        while len(self.waiting) < NUM_WAITING:
+            example, place = self._next_one()
+            fitted = self._fitted(example, str(place))
+            if fitted is not None:
+                self.waiting.append(fitted)
 
     def _fitted(self, example: TokenExample, place: str) -> TokenExample | None:
         """As much of it as a sequence holds; None where it is left out."""
