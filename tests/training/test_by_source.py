@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from skv_dist.config.data import DataConfig
-from skv_dist.data.batches import collate
+from skv_dist.data.batches import MicroBatch, collate
 from skv_dist.data.open import open_data
 from skv_dist.data.order import blended, num_blended
 from skv_dist.data.tokenizer import ByteTokenizer
-from tests.support.compare import needs_compiler
+from skv_dist.parallel import run_batch
+from skv_dist.training.callbacks import Console
 from tests.support.jobs.loop import run_training, run_with_sources_shifted
 from tests.support.settings import GLOBAL_BATCH, run_settings
 
@@ -118,7 +120,6 @@ def test_sources_that_are_mixed_up_are_noticed(workers: Any, sources: list[dict[
         (2, {"parallel": {"pipeline": 2, "virtual_pipeline": 2, "zero_stage": 1}}),
         (2, {"parallel": {"zero_stage": 1}}),
         (2, {"parallel": {"zero_stage": 3}}),
-        pytest.param(1, {"train": {"compile": True}}, marks=needs_compiler),
     ],
     ids=str,
 )
@@ -219,6 +220,23 @@ def test_epochs_by_source(alone: Any, sources: list[dict[str, Any]], tmp_path: P
         found = [line[f"epoch/{name}"] for name in (LINES, NUMBERS, QUESTIONS)]
         np.testing.assert_allclose(found, read / sizes)
         assert line["epoch"] == pytest.approx(read.sum() / sizes.sum())
+
+
+def test_what_is_not_finite_stays_with_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_batch, "_is_last_stage", lambda: True)
+    monkeypatch.setattr(run_batch, "_summed_from_last_stage", lambda values: values)
+    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    batch = MicroBatch(0, mask.long(), mask.long(), mask, None, torch.tensor([0, 1, 2]))
+    sums = run_batch.sums_by_source([torch.tensor([np.inf, 3.0, 0.0])], [batch], 4)
+    assert sums.tolist() == [[np.inf, 3.0, 0.0, 0.0], [1.0, 2.0, 0.0, 0.0]]
+    assert run_batch.means_by_source(sums, list("abcd")) == {"a": np.inf, "b": 1.5}  # nothing was seen of c and d
+
+
+def test_the_console_leaves_out_losses_by_source(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.on_start(0, 2)
+    console.on_step(0, {"eval/loss@1.00": 2.0, f"eval/loss@1.00/{LINES}": 1.0})
+    assert capsys.readouterr().err == "step 0/2  loss@1.00 2.0000\n"
 
 
 @pytest.mark.parametrize("index", [0, 1, 4095, 4096, 5000, 9000])

@@ -115,6 +115,7 @@ def host_reads(settings: dict[str, Any]) -> int:
         made_engine(run, world) as engine,
     ):
         trainer = _trainer(run, world, engine, [])
+        trainer._sources = ["one", "other"]
         batches = global_batch(0)
         work = list(zip(batches, drawn_plans(run, batches, 0)))
         with Count() as count:
