@@ -17,7 +17,7 @@ from skv_dist.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
     from skv_dist.checkpoint.save import Saver
-    from skv_dist.data.batches import Samples
+    from skv_dist.data.continuing import Validation
     from skv_dist.data.open import Blend
     from skv_dist.data.stream import TrainingStream
     from skv_dist.data.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ class RunData(NamedTuple):
     """What a run reads, and what its checkpoints note of it."""
 
     samples: "Blend | TrainingStream"
-    validation: "Samples | None"
+    validation: "Validation"
     state: dict[str, Any]
 
 
@@ -310,7 +310,7 @@ def _callbacks(
     trainer: "Trainer",
     saver: "Saver",
     state: Callable[[], dict[str, Any]],
-    validation: "Samples | None",
+    validation: "Validation",
     best: "Best | None",
     tokenizer: "Tokenizer",
     ends: frozenset[int],
@@ -327,7 +327,7 @@ def _callbacks(
     callbacks: list[Callback] = []
     if run.eval.every and validation is not None:
         batches, plans = evaluation_batches(run, world, validation), retention_plans(run)
-        evaluate = [lambda: sweep(engine, run, batches, plans)]
+        evaluate = [lambda: sweep(engine, run, batches, plans, validation.names)]
         if run.eval.questions is not None:
             by_size = {name.removeprefix("loss@"): plan for name, plan in plans.items()}
             asked = run.eval.questions

@@ -29,6 +29,7 @@ class MicroBatch:
         labels: int64 [b, s], the token after each.
         loss_mask: float32 [b, s], 1 where the prediction counts.
         documents: int64 [b, s] where attention stops at document boundaries, else None.
+        sources: int64 [b], `Sample.source` of each.
     """
 
     index: int
@@ -36,6 +37,7 @@ class MicroBatch:
     labels: torch.Tensor
     loss_mask: torch.Tensor
     documents: torch.Tensor | None
+    sources: torch.Tensor
 
     def to(self, device: torch.device) -> "MicroBatch":
         """On ``device``; from pinned memory without waiting."""
@@ -47,7 +49,8 @@ class MicroBatch:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
         documents = None if self.documents is None else change(self.documents)
-        return MicroBatch(self.index, change(self.tokens), change(self.labels), change(self.loss_mask), documents)
+        tokens, labels, loss_mask = change(self.tokens), change(self.labels), change(self.loss_mask)
+        return MicroBatch(self.index, tokens, labels, loss_mask, documents, change(self.sources))
 
 
 def collate(index: int, samples: Sequence[Sample], reset_attention: bool) -> MicroBatch:
@@ -65,6 +68,7 @@ def collate(index: int, samples: Sequence[Sample], reset_attention: bool) -> Mic
         labels=tokens[:, 1:].contiguous(),
         loss_mask=mask.float(),
         documents=documents[:, :-1].contiguous() if reset_attention else None,
+        sources=torch.tensor([sample.source for sample in samples]),
     )
 
 
@@ -96,12 +100,16 @@ def micro_batch_numbers(num_micro_batches: int, replica: int, replicas: int) -> 
 
 
 def packed(batches: Sequence[MicroBatch]) -> torch.Tensor:
-    """Micro-batches of one shape as one tensor, int32 [planes, n, b, s + 1]: tokens, mask, and documents if any."""
+    """Micro-batches of one shape as one tensor, int32 [planes, n, b, s + 1]: tokens, mask, and documents if any.
+
+    The last column of the mask, which has no prediction, holds the sources.
+    """
     tokens = torch.stack([torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1) for batch in batches])
     planes = torch.zeros(3 if batches[0].documents is not None else 2, *tokens.shape, dtype=torch.int32)
     planes[0] = tokens
     for number, batch in enumerate(batches):
         planes[1, number, :, :-1] = batch.loss_mask
+        planes[1, number, :, -1] = batch.sources
         if batch.documents is not None:
             planes[2, number, :, :-1] = batch.documents
     return planes
@@ -121,6 +129,7 @@ def unpacked(planes: torch.Tensor, numbers: Sequence[int]) -> list[MicroBatch]:
             labels=tokens[place, :, 1:].contiguous(),
             loss_mask=planes[1, place, :, :-1].float(),
             documents=planes[2, place, :, :-1].long().contiguous() if len(planes) == 3 else None,
+            sources=planes[1, place, :, -1].long().contiguous(),
         )
         for place, number in enumerate(numbers)
     ]

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from skv_dist.config.data import DataConfig, SourceConfig
+from skv_dist.config.source_names import source_names
 from skv_dist.data.batches import Samples
-from skv_dist.data.order import blended
+from skv_dist.data.order import blended, num_blended
 from skv_dist.data.packing import Sample
 from skv_dist.data.sequences import split_prepared
 from skv_dist.data.split import SplitRule, source_orders
@@ -29,11 +30,19 @@ class Blend:
 
     Attributes:
         contents: what tells the data of each source from other data (`PreparedSet.content`).
+        names: of the sources, in the order of `Sample.source`.
     """
 
-    def __init__(self, sets: Sequence[Sequences], weights: Sequence[float], seed: int, contents: list[str]) -> None:
+    def __init__(
+        self,
+        sets: Sequence[Sequences],
+        weights: Sequence[float],
+        seed: int,
+        contents: list[str],
+        names: Sequence[str],
+    ) -> None:
         self._sets, self._weights, self._seed = sets, weights, seed
-        self.contents = contents
+        self.contents, self.names = contents, names
 
     @property
     def num_sequences(self) -> int:
@@ -42,7 +51,12 @@ class Blend:
 
     def __getitem__(self, position: int) -> Sample:
         source, position_within = blended(position, self._weights, self._seed)
-        return self._sets[source][position_within]
+        return self._sets[source][position_within]._replace(source=source)
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """How often the samples before ``position`` have read each source."""
+        counts = num_blended(position, self._weights, self._seed)
+        return {name: count / len(chosen) for name, count, chosen in zip(self.names, counts, self._sets)}
 
 
 TrainAndValidation = tuple[Blend | TrainingStream, Blend | HeldOutStream | None]
@@ -116,7 +130,8 @@ def _stream_sources(
         )
         for source, listing in zip(config.sources, listed)
     ]
-    stream = TrainingStream(train, [source.weight for source in config.sources], seed, lanes, micro_batch_size)
+    weights, names = [source.weight for source in config.sources], source_names(config.sources)
+    stream = TrainingStream(train, weights, seed, lanes, micro_batch_size, names)
     if fraction == 0 and not config.validation_sources:
         return stream, None
     sources = config.validation_sources or config.sources
@@ -138,7 +153,15 @@ def _stream_sources(
             for source, listing in zip(sources, listings)
         ]
 
-    return stream, HeldOutStream(validation, [source.weight for source in sources], config.split_seed)
+    weights = [source.weight for source in sources]
+    return stream, HeldOutStream(validation, weights, config.split_seed, source_names(sources))
+
+
+class _Named(NamedTuple):
+    """A source as a blend knows it."""
+
+    name: str
+    weight: float
 
 
 def _map_sets(
@@ -154,20 +177,21 @@ def _map_sets(
 
     def parts(
         sources: Sequence[SourceConfig], sets: Sequence[PreparedSet], fraction: float, seed: int
-    ) -> list[tuple[SourceConfig, Sequences, Sequences | None]]:
+    ) -> list[tuple[_Named, Sequences, Sequences | None]]:
         paths, contents = [source.path for source in sources], [prepared.content for prepared in sets]
         orders = source_orders(rule, paths, contents, seed, config.split_seed)
         return [
             (
-                source,
+                _Named(name, source.weight),
                 *split_prepared(prepared, tokenizer, config, order, fraction, validation_needed=validation_needed),
             )
-            for source, prepared, order in zip(sources, sets, orders)
+            for name, source, prepared, order in zip(source_names(sources), sources, sets, orders)
         ]
 
-    def blend(chosen: Sequence[tuple[SourceConfig, Sequences]], sets: Sequence[PreparedSet], seed: int) -> Blend:
-        weights, contents = [source.weight for source, _ in chosen], [prepared.content for prepared in sets]
-        return Blend([samples for _, samples in chosen], weights, seed, contents)
+    def blend(chosen: Sequence[tuple[_Named, Sequences]], sets: Sequence[PreparedSet], seed: int) -> Blend:
+        names, weights = [source.name for source, _ in chosen], [source.weight for source, _ in chosen]
+        contents = [prepared.content for prepared in sets]
+        return Blend([samples for _, samples in chosen], weights, seed, contents, names)
 
     train_sets, validation_sets = sets[: len(config.sources)], sets[len(config.sources) :]
     fraction = 0.0 if config.validation_sources else config.validation_fraction

@@ -79,3 +79,15 @@ def blended(index: int, weights: Sequence[float], seed: int) -> tuple[int, int]:
     block, place = divmod(index, _BLEND_BLOCK)
     source, within = _block(key, seed, block)[place]
     return source, block * _quotas(key)[source] + within
+
+
+def num_blended(index: int, weights: Sequence[float], seed: int) -> list[int]:
+    """How many of the samples before the ``index``-th of a blend come from each source."""
+    if len(weights) == 1:
+        return [index]
+    key = tuple(weights)
+    block, place = divmod(index, _BLEND_BLOCK)
+    counts = [block * quota for quota in _quotas(key)]
+    for source, _ in _block(key, seed, block)[:place]:
+        counts[source] += 1
+    return counts

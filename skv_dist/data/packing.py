@@ -14,11 +14,13 @@ class Sample(NamedTuple):
         tokens: int64 [s + 1].
         documents: int64 [s + 1], counting the documents within this sample from 0.
         counts: bool [s + 1], the tokens whose prediction counts; None: all of them.
+        source: number of the data source that all of it comes from, among those of its blend.
     """
 
     tokens: np.ndarray
     documents: np.ndarray
     counts: np.ndarray | None = None
+    source: int = 0
 
 
 class Windows(Protocol):

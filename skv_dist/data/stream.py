@@ -105,12 +105,19 @@ class TrainingStream:
 
     Attributes:
         contents: what tells the files of each source from other files (`Listing.content`).
+        names: of the sources, in the order of `Sample.source`.
     """
 
     def __init__(
-        self, sources: Sequence[StreamSource], weights: Sequence[float], seed: int, lanes: int, micro_batch_size: int
+        self,
+        sources: Sequence[StreamSource],
+        weights: Sequence[float],
+        seed: int,
+        lanes: int,
+        micro_batch_size: int,
+        names: Sequence[str],
     ) -> None:
-        self.contents = [source.content for source in sources]
+        self.contents, self.names = [source.content for source in sources], names
         self._sources, self._weights, self._seed = sources, weights, seed
         self._lanes, self._micro_batch_size = lanes, micro_batch_size
         self._first_position = self._first_lane = 0
@@ -120,7 +127,8 @@ class TrainingStream:
         """Raises UserError where the text cannot be read."""
         lane = self._lane_of(position)
         source, _ = blended(position, self._weights, self._seed)
-        return self._sources[source].take(lane, self._started.get((source, lane), LaneState()))
+        sample = self._sources[source].take(lane, self._started.get((source, lane), LaneState()))
+        return sample._replace(source=source)
 
     def _lane_of(self, position: int) -> int:
         """Whole micro-batches take turns at the lanes, so that a lane is read by one replica alone."""
@@ -184,11 +192,16 @@ class HeldOutStream:
     """The first held-out samples, which every reader walks alike; a position behind the last begins anew.
 
     One lane reads each source, so that no text is evaluated on twice before all of it was.
+
+    Attributes:
+        contents, names: as of `TrainingStream`.
     """
 
-    def __init__(self, make: Callable[[], Sequence[StreamSource]], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self, make: Callable[[], Sequence[StreamSource]], weights: Sequence[float], seed: int, names: Sequence[str]
+    ) -> None:
         self._make, self._sources = make, make()
-        self.contents = [source.content for source in self._sources]
+        self.contents, self.names = [source.content for source in self._sources], names
         self._weights, self._seed = weights, seed
         self._next = 0
         self._last: Sample | None = None
@@ -201,7 +214,7 @@ class HeldOutStream:
             self._sources, self._next = self._make(), 0
         while self._next <= position:
             source, _ = blended(self._next, self._weights, self._seed)
-            self._last = self._sources[source].take(0, LaneState())
+            self._last = self._sources[source].take(0, LaneState())._replace(source=source)
             self._next += 1
         assert self._last is not None
         return self._last

@@ -1,12 +1,19 @@
 """The last evaluations of several runs, side by side: a table and a plot."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from skv_dist.checkpoint.folder import METRICS
 from skv_dist.errors import UserError
 
-_PREFIX = "eval/loss@"
+LOSS = "eval/loss@"
+
+
+def losses_by_retention(metrics: Mapping[str, float]) -> dict[str, float]:
+    """``0.50`` and so on to the loss at that retention, of a line of metrics; without those by source."""
+    losses = {name.removeprefix(LOSS): loss for name, loss in metrics.items() if name.startswith(LOSS)}
+    return {retention: loss for retention, loss in losses.items() if "/" not in retention}
 
 
 def last_losses(run: Path) -> dict[float, float]:
@@ -25,7 +32,7 @@ def last_losses(run: Path) -> dict[float, float]:
             metrics = json.loads(lines[number - 1])
         except ValueError as error:
             raise UserError(f"{file}:{number}: not JSON") from error
-        losses = {float(k.removeprefix(_PREFIX)): float(v) for k, v in metrics.items() if k.startswith(_PREFIX)}
+        losses = {float(retention): float(loss) for retention, loss in losses_by_retention(metrics).items()}
         if losses:
             return losses
     raise UserError(f"{file} holds no evaluation")

@@ -1,13 +1,13 @@
 """Retention sweep: the loss under each deployment map, on the same samples."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from skv_dist.config.run import RunConfig
 from skv_dist.data.batches import MicroBatch, Samples, micro_batch_numbers, micro_batches
 from skv_dist.data.stream import HeldOutStream
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.groups import World
-from skv_dist.parallel.run_batch import count_predictions, run_batch
+from skv_dist.parallel.run_batch import count_predictions, means_by_source, run_batch, sums_by_source
 from skv_dist.parallel.shared_reading import SharedReading
 from skv_dist.routing import RoutePlan
 
@@ -51,13 +51,24 @@ def _shared(read: Callable[[], list[MicroBatch]], run: RunConfig, world: World, 
 
 
 def sweep(
-    engine: Engine, run: RunConfig, batches: list[MicroBatch], plans: Mapping[str, RoutePlan]
+    engine: Engine,
+    run: RunConfig,
+    batches: list[MicroBatch],
+    plans: Mapping[str, RoutePlan],
+    sources: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Mean loss in nats per token under each plan, the same on all ranks. Collective."""
+    """Mean loss in nats per token under each plan, the same on all ranks. Collective.
+
+    Args:
+        sources: names of the data sources. Where there are several, ``PLAN/SOURCE`` is the loss of the samples of each.
+    """
     num_predictions = count_predictions(batches)
     losses = {}
     for name, plan in plans.items():
         same_plan = [plan] * len(batches)
         outcome = run_batch(engine, run, batches, same_plan, num_predictions=num_predictions, train=False)
         losses[name] = outcome.loss.item()
+        if len(sources) > 1:
+            means = means_by_source(sums_by_source(outcome.sums, batches, len(sources)), sources)
+            losses.update({f"{name}/{source}": loss for source, loss in means.items()})
     return losses

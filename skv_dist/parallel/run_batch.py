@@ -92,6 +92,33 @@ def run_batch(
     return BatchOutcome(loss, divergence, sums, communicator.sent_bytes)
 
 
+def sums_by_source(sums: Sequence[torch.Tensor], batches: Sequence[MicroBatch], num_sources: int) -> torch.Tensor:
+    """What the loss of a global batch is made of: float64 [2, num_sources], the same on all ranks. Collective.
+
+    Args:
+        sums: `BatchOutcome.sums` of ``batches``.
+
+    Returns:
+        For each data source the summed loss of its predictions, and their number.
+    """
+    counts = torch.cat([batch.loss_mask.sum(dim=-1, dtype=torch.float64) for batch in batches])  # [n]
+    losses = torch.zeros_like(counts)
+    if _is_last_stage():
+        of_all = torch.cat(list(sums), dim=-1).double()  # [n], with a teacher [2, n]
+        losses = of_all if of_all.dim() == 1 else of_all[0]
+    sources = torch.cat([batch.sources for batch in batches])  # [n]
+    is_of = sources == torch.arange(num_sources, device=sources.device)[:, None]  # [num_sources, n]
+    # Not by a product: what is not finite in one source would be in all.
+    by_source = torch.where(is_of, torch.stack([losses, counts])[:, None], 0.0).sum(-1)
+    return _summed_from_last_stage(by_source)
+
+
+def means_by_source(sums: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Mean loss of each source of `sums_by_source`, in nats per prediction; of those alone that have any."""
+    losses, counts = sums.tolist()
+    return {name: loss / count for name, loss, count in zip(names, losses, counts) if count}
+
+
 def _ports(engine: Engine) -> list[ChunkPort]:
     chunks = engine.model.routed_chunks()
     return [ChunkPort(chunk, index, len(chunks)) for index, chunk in enumerate(chunks)]
@@ -154,12 +181,21 @@ def _run_schedule(
 
 def _over_all_ranks(sums: Sequence[torch.Tensor], taught: bool, device: torch.device) -> torch.Tensor:
     """The sum of the losses of the global batch, on all ranks. The last stage knows those of its replica."""
+    shape = [2] if taught else []
+    loss_sum = torch.cat(list(sums), dim=-1).sum(-1) if _is_last_stage() else torch.zeros(shape, device=device)
+    return _summed_from_last_stage(loss_sum)
+
+
+def _is_last_stage() -> bool:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    return parallel_state.get_pipeline_model_parallel_rank() == group.size() - 1
+
+
+def _summed_from_last_stage(values: torch.Tensor) -> torch.Tensor:
+    """Over all replicas the sum of what their last stages have, on all ranks. In place."""
     group = parallel_state.get_pipeline_model_parallel_group()
     last = group.size() - 1
-    is_last = parallel_state.get_pipeline_model_parallel_rank() == last
-    shape = [2] if taught else []
-    loss_sum = torch.cat(list(sums), dim=-1).sum(-1) if is_last else torch.zeros(shape, device=device)
     if last:
-        dist.broadcast(loss_sum, dist.get_global_rank(group, last), group=group)
-    dist.all_reduce(loss_sum, group=parallel_state.get_data_parallel_group())
-    return loss_sum
+        dist.broadcast(values, dist.get_global_rank(group, last), group=group)
+    dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+    return values

@@ -142,7 +142,7 @@ class Checkpoints(Callback):
 
 
 class JsonLines(Callback):
-    """``metrics.jsonl``: one object per step, written at once and whole.
+    """``metrics.jsonl``: one object per step, written at once and whole, with the time at which it is.
 
     A line that cannot be written, on a full disk say, is kept and tried again with the next; the run is asked to stop
     (`stop_reason`), as a training whose record is lost is not worth its time.
@@ -157,7 +157,7 @@ class JsonLines(Callback):
         self._file = self._path.open("ab", buffering=0)
 
     def on_step(self, step: int, metrics: Metrics) -> None:
-        self._unwritten.append(json.dumps({"step": step, **metrics}).encode() + b"\n")
+        self._unwritten.append(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}).encode() + b"\n")
         self._write()
 
     def _write(self) -> None:
@@ -259,7 +259,8 @@ class Console(Callback):
             if "mfu" in metrics:
                 shown["mfu"] = f"{metrics['mfu']:.1%}"
             shown["mem"] = f"{metrics['peak_memory_bytes'] / 2**30:.2f}GiB"
-        losses = {name.removeprefix("eval/"): f"{v:.4f}" for name, v in metrics.items() if name.startswith("eval/")}
+        evaluated = {name.removeprefix("eval/"): v for name, v in metrics.items() if name.startswith("eval/")}
+        losses = {name: f"{v:.4f}" for name, v in evaluated.items() if "/" not in name}  # those by source fill lines
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)

@@ -16,7 +16,7 @@ from skv_dist.data.open import Blend
 from skv_dist.data.stream import TrainingStream
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.groups import World, seed_dropout
-from skv_dist.parallel.run_batch import Work, count_predictions, run_batch
+from skv_dist.parallel.run_batch import Work, count_predictions, means_by_source, run_batch, sums_by_source
 from skv_dist.parallel.teacher import Teacher
 from skv_dist.routing.draw import DrawKey
 from skv_dist.training.callbacks import Callback, Metrics
@@ -30,12 +30,13 @@ from skv_dist.training.throughput import flops_per_token, peak_flops, peak_memor
 @dataclass(frozen=True)
 class LaunchedStep:
     """A step that is on its way; ``results``: loss, gradient norm, whether it was applied, what asks to stop, and with
-    a teacher the divergence from it.
+    a teacher the divergence from it. ``by_source``: `sums_by_source`, where there are several.
     """
 
     results: torch.Tensor
     lr: float
     wire_bytes: int
+    by_source: torch.Tensor | None
 
 
 class Trainer:
@@ -58,7 +59,9 @@ class Trainer:
     ) -> None:
         self.run, self.derived, self.world, self.engine = run, derived, world, engine
         self._teacher = teacher
-        self.num_sequences = samples.num_sequences if isinstance(samples, Blend) else None  # of an epoch
+        self._blend = samples if isinstance(samples, Blend) else None
+        self.num_sequences = None if self._blend is None else self._blend.num_sequences  # of an epoch
+        self._sources = samples.names if isinstance(samples, Blend | TrainingStream) else []
         self._reading: Reading
         if isinstance(samples, TrainingStream):
             self._reading = StreamReading(run, derived, world, samples)
@@ -184,7 +187,8 @@ class Trainer:
         results = [mean, outcome.grad_norm, outcome.applied, asked, due]
         if batch.divergence is not None:
             results.append(batch.divergence)
-        return LaunchedStep(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes)
+        by_source = sums_by_source(batch.sums, batches, len(self._sources)) if len(self._sources) > 1 else None
+        return LaunchedStep(torch.stack([result.to(mean) for result in results]), lr, batch.wire_bytes, by_source)
 
     def _finish(self, launched: LaunchedStep) -> Metrics:
         """Wait for a step, and judge it."""
@@ -207,8 +211,13 @@ class Trainer:
             "skipped": self.guard.skipped,
             "tokens": self._tokens_before(self.step),
         }
-        if self.num_sequences is not None:
-            metrics["epoch"] = self._samples_before(self.step) / self.num_sequences
+        if launched.by_source is not None:
+            metrics.update(_named("loss", means_by_source(launched.by_source, self._sources)))
+        if self._blend is not None:
+            read = self._samples_before(self.step)
+            metrics["epoch"] = read / self._blend.num_sequences
+            if len(self._sources) > 1:
+                metrics.update(_named("epoch", self._blend.epochs(read)))
         if divergence:
             (metrics["teacher_kl"],) = divergence
         if self.run.parallel.pipeline > 1:
@@ -233,3 +242,7 @@ class Trainer:
         if self._mfu_per_token_rate is not None:
             metrics["mfu"] = rate * self._mfu_per_token_rate
         metrics["peak_memory_bytes"] = peak_memory_bytes(self.world.device)
+
+
+def _named(metric: str, of_sources: Metrics) -> Metrics:
+    return {f"{metric}/{name}": value for name, value in of_sources.items()}

@@ -24,7 +24,14 @@ def test_the_last_evaluation_of_each_run_and_its_rise(tmp_path: Path, monkeypatc
     routed = write_run(
         tmp_path / "routed",
         {"step": 1, "eval/loss@1.00": 9.0, "eval/loss@0.50": 9.0, "eval/loss@0.25": 9.0},
-        {"step": 2, "loss": 1.0, "eval/loss@1.00": 2.0, "eval/loss@0.50": 2.125, "eval/loss@0.25": 2.5},
+        {
+            "step": 2,
+            "loss": 1.0,
+            "eval/loss@1.00": 2.0,
+            "eval/loss@1.00/books": 1.0,
+            "eval/loss@0.50": 2.125,
+            "eval/loss@0.25": 2.5,
+        },
         {"step": 3, "loss": 0.5},
     )
     dense = write_run(tmp_path / "dense", {"step": 1, "eval/loss@0.50": 3.0, "eval/loss@1.00": 1.5})

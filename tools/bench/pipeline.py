@@ -39,7 +39,9 @@ def _batches(run: RunConfig, world: Any, count: int) -> list[Any]:
     for local in range(count):
         tokens = torch.randint(0, run.vocab_size, shape, generator=generator)
         index = local * world.data_size + world.data_rank
-        batches.append(MicroBatch(index, tokens, tokens.roll(-1, 1), torch.ones(shape), None).to(world.device))
+        sources = torch.zeros(len(tokens), dtype=torch.int64)
+        batch = MicroBatch(index, tokens, tokens.roll(-1, 1), torch.ones(shape), None, sources)
+        batches.append(batch.to(world.device))
     return batches
 
 

@@ -11,6 +11,7 @@ from skv_dist import __version__
 from skv_dist.checkpoint import folder as files
 from skv_dist.checkpoint.frozen_model import config_of
 from skv_dist.checkpoint.travelling import origin_of
+from skv_dist.evaluation.comparison import losses_by_retention
 
 from .blocks import BLOCKS
 from .findings import Finding, table
@@ -108,16 +109,15 @@ def _losses(checkpoint: Path, step: int) -> list[str]:
     losses: dict[str, float] = {}
     if file.is_file():
         for metrics in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
-            evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/loss@")}
+            evaluated = losses_by_retention(metrics)
             if evaluated and metrics["step"] <= step:
                 losses, last_step = evaluated, metrics["step"]
     if not losses:
         return []
-    retentions = [key.removeprefix("eval/loss@") for key in losses]
     return [
         f"Validation loss (nats per token) at step {last_step}, by the part of layers that keep a cache:",
         "",
-        *_row_table(retentions, [f"{loss:.4f}" for loss in losses.values()]),
+        *_row_table(list(losses), [f"{loss:.4f}" for loss in losses.values()]),
         "",
     ]
 

@@ -13,10 +13,10 @@ import yaml
 
 from skv_dist.checkpoint.folder import CONFIG, METRICS
 from skv_dist.errors import UserError
+from skv_dist.evaluation.comparison import losses_by_retention
 
 from .runs import Run
 
-LOSS = "eval/loss@"
 LAYERS = "loss@layers "
 # Student's t at 97.5 %, by degrees of freedom
 _T = [math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
@@ -46,7 +46,7 @@ class Result:
         at_maps = json.loads(maps.read_text(encoding="utf-8")) if maps.exists() else {}
         self.maps = {name.removeprefix(LAYERS): loss for name, loss in at_maps.items() if name.startswith(LAYERS)}
         for line in self.metrics:
-            values = {name.removeprefix(LOSS): value for name, value in line.items() if name.startswith(LOSS)}
+            values = losses_by_retention(line)
             if values:
                 self.losses[line["step"]] = values
 

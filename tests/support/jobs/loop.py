@@ -35,6 +35,22 @@ def run_and_print(settings: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
         return run_training(settings), printed.getvalue()
 
 
+def run_with_sources_shifted(settings: dict[str, Any], num_sources: int) -> list[dict[str, Any]]:
+    """As `run_training`, where each sample is said to come from the source behind its own."""
+    from unittest import mock
+
+    from skv_dist.data import batches
+
+    right = batches.collate
+
+    def wrong(index: int, samples: Any, *rest: Any) -> Any:
+        shifted = [sample._replace(source=(sample.source + 1) % num_sources) for sample in samples]
+        return right(index, shifted, *rest)
+
+    with mock.patch.object(batches, "collate", wrong):
+        return run_training(settings)
+
+
 def _trainer(run: Any, world: Any, engine: Any, samples: Any) -> Any:
     from skv_dist.config.run import derive
     from skv_dist.training.trainer import Trainer
@@ -99,6 +115,7 @@ def host_reads(settings: dict[str, Any]) -> int:
         made_engine(run, world) as engine,
     ):
         trainer = _trainer(run, world, engine, [])
+        trainer._sources = ["one", "other"]
         batches = global_batch(0)
         work = list(zip(batches, drawn_plans(run, batches, 0)))
         with Count() as count:

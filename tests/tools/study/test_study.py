@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import yaml
 from skv_tools.study import __main__ as study
-from skv_tools.study.page import LOSS, difference, page
+from skv_tools.study.page import difference, page
 from skv_tools.study.runs import load
 
 from skv_dist.errors import UserError
+from skv_dist.evaluation.comparison import LOSS
 
 TRAINER = """
 import json, pathlib, sys
