@@ -85,7 +85,7 @@ def test_the_best_checkpoint_stays(whole: tuple[Path, list[dict[str, Any]], str]
 
 def test_step_0_is_measured(whole: tuple[Path, list[dict[str, Any]], str]) -> None:
     _, lines, _ = whole
-    assert lines[0].keys() == {"step", *(name for name in lines[1] if name.startswith("eval/"))}
+    assert lines[0].keys() == {"step", "time", *(name for name in lines[1] if name.startswith("eval/"))}
     assert [line["step"] for line in lines] == list(range(len(lines)))
 
 
