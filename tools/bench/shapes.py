@@ -20,6 +20,18 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-8b-layers": ("qwen3-8b", {"num_layers": 6}),
     # Without Llama-3's frequency scaling, which the peers are not given either. It costs no time in a step.
     "llama-3.2-1b": ("llama-3.2-1b", {"rope_scaling": None}),
+    "small": (  # whose prefill a processor is busy with for a second
+        "qwen3-0.6b",
+        {
+            "num_layers": 16,
+            "hidden_size": 256,
+            "ffn_hidden_size": 768,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 64,
+            "vocab_size": 4096,
+        },
+    ),
     "tiny": (  # for trying the commands on a CPU
         "qwen3-0.6b",
         {

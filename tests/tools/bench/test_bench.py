@@ -51,3 +51,13 @@ def test_training_benchmarks_run(tmp_path: Path, module: str, options: list[str]
     report = json.loads(out.read_text())
     assert report.get("r_cla", report)["tokens_per_second"] > 0
     assert report["device"] == "CPU"
+
+
+def test_prefill_is_timed_with_and_without_skipping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from skv_tools.bench import prefill
+
+    assert (
+        prefill.main(["--shape", "tiny", "--contexts", "32", "--turns", "1", "--out", str(tmp_path / "page.md")]) == 0
+    )
+    lines = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| 32 |")]
+    assert [line.split("|")[2].strip() for line in lines] == ["2 of 8", "4 of 8", "6 of 8"]
