@@ -55,7 +55,7 @@ def samples_of(folder: Path) -> list[np.ndarray]:
     for part in parts:
         assert part is not None
         for position in range(_SAMPLES):
-            tokens, documents, counts = part[position]
+            tokens, documents, counts, _ = part[position]
             found += [tokens, documents, np.ones(len(tokens), bool) if counts is None else counts]
     return found
 
