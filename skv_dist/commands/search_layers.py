@@ -209,7 +209,7 @@ def _entry(
         "layers": list(found.layers),
         "kv_source_layers": list(found.table),
         "bytes_per_token": cache_bytes_per_token(run, RoutePlan(found.table)),
-        "trailing_sharers": layers - 1 - max(found.layers),
+        "trailing_sharers": len(RoutePlan(found.table).trailing),
         "loss": unseen.loss(found.table),
         "rise": change.mean,
         "rise_error": change.error,

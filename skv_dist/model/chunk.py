@@ -158,15 +158,17 @@ class RoutedChunk(MegatronModule):
             documents: int64 [b, s] where attention stops at document boundaries.
             hidden: [s/t, b, h] from the chunk before; None for the first, which embeds ``tokens``.
             live: K/V of earlier layers that this chunk or a later one reads.
-            cache: (decoding) K/V of the positions before ``tokens``; takes theirs in.
+            cache: (decoding) K/V of the positions before ``tokens``; takes theirs in. Trailing layers that borrow run
+                over the last position alone (`RoutePlan.trailing`).
             teacher: this rank's part of the logits that a teacher gives, [s, b, v].
             gather: (without labels) whether the logits of all tensor-parallel ranks are put together.
 
         Returns:
-            The hidden state [s/t, b, h] and the K/V that later chunks read. The last chunk returns no K/V and, in place
-            of the hidden state, the loss of each token in nats, float32 [b, s]; with a teacher that loss and
-            KL(teacher || model), float32 [2, b, s]; without labels the logits, [b, s, vocab_size], and with a cache
-            those of the last position, [b, 1, vocab_size]; not gathered, this rank's part of them, [s, b, v].
+            The hidden state [s/t, b, h] and the K/V that later chunks read; where trailing layers ran over the last
+            position alone, zeros stand for the others. The last chunk returns no K/V and, in place of the hidden state,
+            the loss of each token in nats, float32 [b, s]; with a teacher that loss and KL(teacher || model), float32
+            [2, b, s]; without labels the logits, [b, s, vocab_size], and with a cache those of the last position,
+            [b, 1, vocab_size]; not gathered, this rank's part of them, [s, b, v].
 
         Raises:
             UserError: the plan is for another number of layers, or a layer borrows K/V that are not in ``live``.
@@ -189,6 +191,8 @@ class RoutedChunk(MegatronModule):
             cache.advance(positions)
             if self.has_head:
                 hidden = hidden[-1:]  # nobody asks for the logits of a prompt, which would fill the memory
+            elif len(hidden) < positions:  # the wire has one shape; later stages look at the last position alone
+                hidden = torch.nn.functional.pad(hidden, (0, 0, 0, 0, positions - len(hidden), 0))
             live = {source: KV(kv.key[begin:], kv.value[begin:]) for source, kv in live.items()}
         return (self._head(hidden, labels, teacher, gather) if self.has_head else hidden), live
 
@@ -231,8 +235,15 @@ class RoutedChunk(MegatronModule):
         mask: Any,
         cache: KvCache | None,
     ) -> torch.Tensor:
-        """Run all layers; ``live`` comes with the K/V of earlier chunks and leaves with those that later ones read."""
+        """Run all layers; ``live`` comes with the K/V of earlier chunks and leaves with those that later ones read.
+
+        Returns:
+            The hidden state; with a cache and where trailing layers borrow that of the last position alone, [1, b, h].
+        """
         for number in self.numbers:
+            if cache is not None and number in plan.trailing and len(hidden) > 1:
+                # Nothing is read of these layers but the logits of the last position.
+                hidden, rotary, mask = hidden[-1:], rotary[:, -1:], mask[:, :, -1:]
             source = plan.source(number)
             borrowed = None
             if source != number:

@@ -59,6 +59,11 @@ class RoutePlan:
             last[source] = layer
         return tuple(last)
 
+    @cached_property
+    def trailing(self) -> range:
+        """The layers at the end that lend nothing: all borrow from layers before them, and nobody reads their K/V."""
+        return range(max(self.table) + 1, self.num_layers)
+
     def live_after(self, layer: int) -> tuple[int, ...]:
         """Sources at or before ``layer`` that a later layer still reads, in ascending order.
 

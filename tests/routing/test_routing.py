@@ -117,6 +117,21 @@ def test_liveness_equals_a_walk_through_the_layers() -> None:
         assert plan.live_after(19) == ()
 
 
+@pytest.mark.parametrize(
+    ("table", "trailing"),
+    [
+        ([0, 1, 2, 3], range(4, 4)),
+        ([0, 0, 2, 2], range(3, 4)),
+        ([0, 1, 0, 1, 1], range(2, 5)),
+        ([0, 0, 0], range(1, 3)),
+        ([0, 1, 1, 2], range(3, 4)),  # layer 2 borrows itself, and lends
+    ],
+    ids=str,
+)
+def test_trailing_layers_lend_nothing(table: list[int], trailing: range) -> None:
+    assert RoutePlan(table).trailing == trailing
+
+
 def test_routes_within_stages_do_not_cross_and_are_drawn_independently() -> None:
     stages = (range(6), range(6, 12))
     policy = build_policy(RoutingConfig(policy="r_cla", within_stage=True), 12, stages)

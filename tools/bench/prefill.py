@@ -1,13 +1,14 @@
-"""Time to first token of an exported model whose last layers all borrow: they run over the last position alone.
+"""Time to first token where the last layers all borrow: they run over the last position alone.
 
     python -m skv_tools.bench.prefill --out prefill.md                      # Qwen3-8B's shape, 8K and 32K, on a GPU
     python -m skv_tools.bench.prefill --shape small --contexts 2048 --out prefill.md        # on a CPU
+    python -m skv_tools.bench.prefill --model trained --shape small --contexts 2048 --out prefill.md
 
-The model is the exported one (`modeling_skv.py`) in transformers with random weights: bf16 on a GPU, float32 on a CPU.
-For maps in which the last quarter, half and three quarters of the layers borrow: the prefill into an empty DynamicCache
-and its argmax, with skipping, without it, and with no layer sharing at all. The three take turns; what is shown is the
-median of the turns, and by how much less the first takes than the second, pair by pair. Bound: the share of layers that
-borrow.
+The model has random weights, bf16 on a GPU and float32 on a CPU. It is the exported one (`modeling_skv.py`) in
+transformers or, with `--model trained`, the one that is trained, which `skv-eval` decodes with. For maps in which the
+last quarter, half and three quarters of the layers borrow: the prefill into an empty cache and its argmax, with
+skipping, without it, and with no layer sharing at all. The three take turns; what is shown is the median of the turns,
+and by how much less the first takes than the second, pair by pair. Bound: the share of layers that borrow.
 """
 
 import argparse
@@ -22,12 +23,17 @@ from transformers import DynamicCache
 
 from skv_dist.commands.entry_point import entry_point
 from skv_dist.config.model import ModelConfig
+from skv_dist.parallel.decode import Decoder, likeliest
+from skv_dist.parallel.engines.frozen import FrozenEngine
+from skv_dist.parallel.initial_values import local_initial_values
+from skv_dist.parallel.processes import groups
+from skv_dist.routing import RoutePlan
 from skv_dist.versions import package_versions
 
 from ..engines.models.modeling_skv import SkvConfig, SkvForCausalLM
 from ..vocabulary import vocab_size
 from .machine import heading, synchronize
-from .shapes import SHAPES, read_shape
+from .shapes import SHAPES, read_shape, run_config, with_vocabulary
 
 SHARES = (0.25, 0.5, 0.75)
 HEADER = (
@@ -35,10 +41,18 @@ HEADER = (
     "|---|---|---|---|---|---|---|"
 )
 
+Prefill = Callable[[torch.Tensor], object]  # of tokens [1, s], into an empty cache; waits for the argmax
+Model = Callable[[int], tuple[Prefill, Prefill]]  # by the number of layers that trail: with skipping and without
+
+
+def sources(shape: ModelConfig, trailing: int) -> list[int]:
+    """The last ``trailing`` layers borrow from the one before them."""
+    owners = shape.num_layers - trailing
+    return [min(layer, owners - 1) for layer in range(shape.num_layers)]
+
 
 def build(shape: ModelConfig, trailing: int, device: torch.device) -> Any:
-    """Random weights; the last ``trailing`` layers borrow from the one before them."""
-    owners = shape.num_layers - trailing
+    """The exported model with random weights."""
     config = SkvConfig(
         vocab_size=vocab_size(shape),
         hidden_size=shape.hidden_size,
@@ -52,7 +66,7 @@ def build(shape: ModelConfig, trailing: int, device: torch.device) -> Any:
         tie_word_embeddings=shape.tie_embeddings,
         qk_norm=shape.qk_norm,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        kv_source_layers=[min(layer, owners - 1) for layer in range(shape.num_layers)],
+        kv_source_layers=sources(shape, trailing),
         attn_implementation="sdpa",
     )
     before = torch.get_default_dtype()
@@ -64,44 +78,89 @@ def build(shape: ModelConfig, trailing: int, device: torch.device) -> Any:
         torch.set_default_dtype(before)
 
 
+def exported(shape: ModelConfig, context: int, device: torch.device) -> Model:
+    """In transformers."""
+
+    def with_trailing(trailing: int) -> tuple[Prefill, Prefill]:
+        model = build(shape, trailing, device)
+
+        def skipping(tokens: torch.Tensor) -> object:
+            cache = DynamicCache(config=model.config)
+            return model(tokens, past_key_values=cache, logits_to_keep=1).logits.argmax(-1).tolist()
+
+        def whole(tokens: torch.Tensor) -> object:  # the base model is not told that one row alone is wanted
+            hidden = model.model(tokens, past_key_values=DynamicCache(config=model.config)).last_hidden_state
+            return model.lm_head(hidden[:, -1:]).argmax(-1).tolist()
+
+        return skipping, whole
+
+    return with_trailing
+
+
+class WholeRows(RoutePlan):
+    """A map whose trailing layers run over all positions."""
+
+    trailing = range(0)
+
+
+def trained(shape: ModelConfig, context: int, device: torch.device) -> Model:
+    """By `skv_dist.parallel.decode`, in one process. One set of weights serves all maps."""
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    train = {"precision": precision, "steps": 1, "micro_batch_size": 1, "global_batch_size": 1}
+    run = with_vocabulary(run_config(shape, context + 1, train))
+    engine = FrozenEngine(run, groups.start(run.parallel).device)
+    engine.assign(local_initial_values(run, engine.model))
+
+    def with_trailing(trailing: int) -> tuple[Prefill, Prefill]:
+        def prefill(plan: RoutePlan) -> Prefill:
+            decoder = Decoder(engine, run, plan)
+            return lambda tokens: decoder.continue_prompts(tokens.tolist(), 1, frozenset(), likeliest, pad=0)
+
+        table = sources(shape, trailing)
+        return prefill(RoutePlan(table)), prefill(WholeRows(table))
+
+    return with_trailing
+
+
+MODELS = {"exported": exported, "trained": trained}
+
+
 @torch.no_grad()
-def prefill(model: Any, tokens: torch.Tensor, skips: bool) -> float:
-    """Seconds."""
+def seconds(prefill: Prefill, tokens: torch.Tensor) -> float:
     synchronize(tokens.device)
     began = time.perf_counter()
-    cache = DynamicCache(config=model.config)
-    if skips:
-        logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
-    else:  # the base model is not told that one row alone is wanted
-        logits = model.lm_head(model.model(tokens, past_key_values=cache).last_hidden_state[:, -1:])
-    logits[:, -1].argmax(-1).tolist()
-    synchronize(tokens.device)
+    prefill(tokens)
     return time.perf_counter() - began
 
 
 def rows(
-    shape: ModelConfig, contexts: list[int], turns: int, device: torch.device, write: Callable[[str], None]
+    shape: ModelConfig,
+    model: Model,
+    contexts: list[int],
+    turns: int,
+    device: torch.device,
+    write: Callable[[str], None],
 ) -> None:
-    plain = build(shape, 0, device)
+    _, plain = model(0)
     for share in SHARES:
         trailing = round(share * shape.num_layers)
-        model = build(shape, trailing, device)
+        skipping, whole = model(trailing)
         for context in contexts:
             tokens = torch.randint(0, vocab_size(shape), (1, context), device=device)
-            cells = {"plain": (plain, False), "whole": (model, False), "skipping": (model, True)}
-            for of, skips in cells.values():
-                prefill(of, tokens, skips)  # warm
+            cells = {"plain": plain, "whole": whole, "skipping": skipping}
+            for prefill in cells.values():
+                seconds(prefill, tokens)  # warm
             taken: dict[str, list[float]] = {name: [] for name in cells}
             for _ in range(turns):
-                for name, (of, skips) in cells.items():
-                    taken[name].append(prefill(of, tokens, skips))
+                for name, prefill in cells.items():
+                    taken[name].append(seconds(prefill, tokens))
             saved = statistics.median(1 - a / b for a, b in zip(taken["skipping"], taken["whole"]))
             times = " | ".join(f"{1000 * statistics.median(taken[name]):.1f}" for name in cells)
             write(
                 f"| {context:,} | {trailing} of {shape.num_layers} | {times} | {saved:.1%} | "
                 f"{trailing / shape.num_layers:.1%} |"
             )
-        del model
+        del skipping, whole
 
 
 @entry_point
@@ -111,12 +170,14 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--model", choices=MODELS, default="exported")
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-8b")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    packages = ("torch", "transformers") if arguments.model == "exported" else ("torch", "megatron-core")
     with arguments.out.open("w", encoding="utf-8") as file:
 
         def write(line: str) -> None:
@@ -125,9 +186,11 @@ def main(argv: list[str]) -> int:
 
         write("# Time to first token where the last layers borrow\n")
         write(f"`python -m skv_tools.bench.prefill {' '.join(argv)}`, {arguments.turns} turns; ")
-        write(f"{heading(device, package_versions(('torch', 'transformers')))}\n")
+        write(f"{heading(device, package_versions(packages))}\n")
         write(HEADER)
-        rows(read_shape(arguments.shape), arguments.contexts, arguments.turns, device, write)
+        shape = read_shape(arguments.shape)
+        model = MODELS[arguments.model](shape, max(arguments.contexts), device)
+        rows(shape, model, arguments.contexts, arguments.turns, device, write)
     return 0
 
 

@@ -79,3 +79,41 @@ def decoded(
             prompts, new_tokens, frozenset(ends), likeliest, pad=0, is_complete=lambda answer: len(answer) == enough
         )
         return answers, decoder.cache_bytes_per_token
+
+
+def prefilled(
+    settings: dict[str, Any],
+    weights: dict[str, np.ndarray],
+    table: list[int],
+    prompts: list[list[int]],
+    new_tokens: int,
+    skips: bool,
+) -> tuple[list[list[int]], list[np.ndarray], list[int]]:
+    """The likeliest answers, the logits of each new token [b, V] (of the last stage), and over how many positions each
+    layer of this rank ran at the prompts.
+
+    Args:
+        skips: whether trailing layers run over the last position alone.
+    """
+    from unittest.mock import patch
+
+    from skv_dist.parallel.decode import Decoder, likeliest
+    from skv_dist.routing import RoutePlan
+
+    logits: list[np.ndarray] = []
+    rows: list[int] = []
+
+    def choose(given: Any) -> Any:
+        logits.append(given.numpy())
+        return likeliest(given)
+
+    with built(settings) as (run, world):
+        engine = engines.frozen_engine(run, world)
+        engines.assign_full(engine, run, world, weights)
+        (chunk,) = engine.model.routed_chunks()
+        for layer in chunk.routed_layers():
+            layer.mlp.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+        decoder = Decoder(engine, run, RoutePlan(table))
+        with patch.object(RoutePlan, "trailing", RoutePlan.trailing if skips else range(0)):
+            answers = decoder.continue_prompts(prompts, new_tokens, frozenset(), choose, pad=0)
+        return answers, logits, rows[: len(chunk.numbers)]

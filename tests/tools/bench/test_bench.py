@@ -53,8 +53,9 @@ def test_training_benchmarks_run(tmp_path: Path, module: str, options: list[str]
     assert report["device"] == "CPU"
 
 
-def test_prefill_is_timed_with_and_without_skipping(tmp_path: Path) -> None:
-    line = ["--shape", "tiny", "--contexts", "32", "--turns", "1", "--out", str(tmp_path / "page.md")]
+@pytest.mark.parametrize("model", ["exported", "trained"])
+def test_prefill_is_timed_with_and_without_skipping(tmp_path: Path, model: str) -> None:
+    line = ["--model", model, "--shape", "tiny", "--contexts", "32", "--turns", "1", "--out", str(tmp_path / "page.md")]
     command = Command("skv_tools.bench.prefill", line, {}, tmp_path / "log")
     assert command.wait() == 0, command.printed
     lines = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| 32 |")]

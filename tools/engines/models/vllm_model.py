@@ -7,15 +7,17 @@ Axes: tokens of all sequences lie in one row, s; h hidden, n heads on this rank,
 d a head's width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import torch
 from torch import nn
+from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.distributed.utils import get_pp_indices
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -39,6 +41,7 @@ from vllm.model_executor.models.utils import (
     maybe_prefix,
 )
 from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backends.utils import KVSharingFastPrefillMetadata
 
 
 def _check_stages(sources: list[int], stages: int) -> None:
@@ -53,6 +56,26 @@ def _check_stages(sources: list[int], stages: int) -> None:
                     f"puts in an earlier stage (this one has layers {first} to {end - 1}): use "
                     "--tensor-parallel-size instead, or set VLLM_PP_LAYER_PARTITION so that no stage reads from another"
                 )
+
+
+def _skips(vllm_config: VllmConfig) -> bool:
+    """Whether trailing sharers run over the rows alone whose logits are wanted (``--kv-sharing-fast-prefill``)."""
+    return vllm_config.cache_config.kv_sharing_fast_prefill
+
+
+def _check_skipping(vllm_config: VllmConfig, stages: int) -> None:
+    """Raises:
+    ValueError: ``--kv-sharing-fast-prefill`` where it would be wrong, or was never seen to be right."""
+    if _skips(vllm_config) and stages > 1:
+        raise ValueError(
+            f"--kv-sharing-fast-prefill and --pipeline-parallel-size {stages} do not work together: layers at the end "
+            "of each stage would skip the prompt, which the next stage needs"
+        )
+    if _skips(vllm_config) and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        raise ValueError(
+            "--kv-sharing-fast-prefill was not tried with CUDA graphs for this model: add --enforce-eager, or leave it "
+            "out"
+        )
 
 
 class SkvAttention(nn.Module):
@@ -175,7 +198,24 @@ class SkvDecoderLayer(nn.Module):
         return self.mlp(hidden), residual
 
 
-@support_torch_compile
+@support_torch_compile(enable_if=_skips)
+class SkvLayers(nn.Module):
+    """Consecutive layers, compiled as a graph of their own where the layers behind them get other rows."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", layers: Sequence[SkvDecoderLayer]) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `SkvDecoderLayer.forward`."""
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return hidden, residual
+
+
+@support_torch_compile(enable_if=lambda vllm_config: not _skips(vllm_config))
 class SkvModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -195,6 +235,13 @@ class SkvModel(nn.Module):
             prefix=f"{prefix}.layers",
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if stage.is_last_rank else PPMissingLayer()
+        self.skips = _skips(vllm_config)
+        if self.skips:
+            trailing = max(config.kv_source_layers) + 1  # the first of the layers at the end that all borrow
+            with set_model_tag("before_trailing"):
+                self.before = SkvLayers(vllm_config=vllm_config, prefix=prefix, layers=self.layers[:trailing])
+            with set_model_tag("trailing"):
+                self.trailing = SkvLayers(vllm_config=vllm_config, prefix=prefix, layers=self.layers[trailing:])
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
@@ -216,11 +263,32 @@ class SkvModel(nn.Module):
         else:
             assert intermediate_tensors is not None
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
+        if self.skips:
+            return self._skipping(positions, hidden)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
             hidden, residual = layer(positions, hidden, residual)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
         return self.norm(hidden, residual)[0]
+
+    def _skipping(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Embedded tokens [s, h] -> [s, h], normed; of rows whose logits nobody wants, zeros."""
+        before, residual = self.before(positions, hidden, None)
+        wanted = self._wanted_rows()
+        if wanted is None:
+            return self.norm(*self.trailing(positions, before, residual))[0]
+        last, residual = self.trailing(positions[wanted], before[wanted], residual[wanted])
+        return torch.zeros_like(before).index_copy(0, wanted, self.norm(last, residual)[0])
+
+    def _wanted_rows(self) -> torch.Tensor | None:
+        """int64 [n], the rows that vLLM has cut the attention of trailing layers down to; None: all."""
+        batch = get_forward_context().attn_metadata
+        if not isinstance(batch, dict):  # as where vLLM measures the memory that the model takes
+            return None
+        metadata = batch[self.layers[-1].self_attn.attn.layer_name]
+        if not isinstance(metadata, KVSharingFastPrefillMetadata) or metadata.logits_indices_padded is None:
+            return None
+        return metadata.logits_indices_padded[: metadata.num_logits_indices].long()
 
 
 class SkvForCausalLM(nn.Module, SupportsPP):
@@ -232,6 +300,7 @@ class SkvForCausalLM(nn.Module, SupportsPP):
         self.config = config = vllm_config.model_config.hf_config
         config.resolve_sharing()  # of the exported folder's own config class: checks the map, applies kv_retention
         _check_stages(config.kv_source_layers, get_pp_group().world_size)
+        _check_skipping(vllm_config, get_pp_group().world_size)
         self.model = SkvModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
