@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import INTERRUPTED, entry_point
+from skv_dist.config.evaluations import check_best, check_questions
 from skv_dist.config.load import load_config
-from skv_dist.config.run import Derived, RunConfig, check_best, check_lanes, check_questions, derive
+from skv_dist.config.run import Derived, RunConfig, check_lanes, derive
 from skv_dist.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
@@ -318,7 +319,7 @@ def _callbacks(
     """In the order in which they see a step: what measures, what saves, and on the first rank what records."""
     from skv_dist.checkpoint.folder import METRICS, TENSORBOARD
     from skv_dist.evaluation.questions import ask_while_training
-    from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
+    from skv_dist.evaluation.sweep import check_measured, evaluation_batches, retention_plans, sweep
     from skv_dist.training.callbacks import Callback, Checkpoints, Console, Evaluation, JsonLines, TensorBoard
     from skv_dist.training.output_folder import folder_of
     from skv_dist.training.weights_and_biases import WeightsAndBiases
@@ -327,6 +328,7 @@ def _callbacks(
     callbacks: list[Callback] = []
     if run.eval.every and validation is not None:
         batches, plans = evaluation_batches(run, world, validation), retention_plans(run)
+        check_measured(run.eval.best, run, batches, validation.names)
         evaluate = [lambda: sweep(engine, run, batches, plans, validation.names)]
         if run.eval.questions is not None:
             by_size = {name.removeprefix("loss@"): plan for name, plan in plans.items()}
