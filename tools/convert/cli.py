@@ -263,7 +263,7 @@ def _parser() -> ArgumentParser:
         "--dtype",
         choices=("float32", "float16", "int4"),
         default="float32",
-        help="float16: for GPUs; int4: projections in four bits, the rest in float32 (default: float32)",
+        help="float16: for GPUs; int4: projections in four bits, embedding and head in eight (default: float32)",
     )
     onnx.add_argument("--no-verify", action="store_true", help="do not compare with the exported folder")
     onnx.add_argument("--python", default=sys.executable, help="interpreter that has onnxruntime-genai")
