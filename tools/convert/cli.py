@@ -159,10 +159,12 @@ def _to_onnx(arguments: argparse.Namespace) -> int:
     from ..engines.export.onnx_genai import check_expressible, export_onnx
     from .failed import check_or_keep, keep
     from .findings import table
+    from .kinds import refuse_other_kinds
     from .progress import say
     from .run_engine import require
     from .verify import verify_onnx
 
+    refuse_other_kinds(arguments.exported)
     try:
         check_expressible(arguments.exported)
         if not arguments.no_verify:

@@ -22,6 +22,7 @@ from .blocks import Map
 from .findings import FLOAT64_LIMIT, Finding, float16_limit, float32_limit
 from .hf_config import CODE, CODE_FIELDS, OUR_MODEL_TYPE, map_of, shape_of
 from .hf_folder import read_json
+from .kinds import refuse_other_kinds
 from .layerwise import LogProbs, checkpoint_log_probs
 from .reference import TEXT, Tokens, comparison_tokens, write_unshared
 from .run_engine import Arrays, run_engine
@@ -207,6 +208,7 @@ def _exported_config(exported: Path) -> dict[str, Any]:
     Raises:
         UserError: naming file and field.
     """
+    refuse_other_kinds(exported)
     _check_code(exported, read_json(exported / "config.json"))
     try:
         return read_config(exported)
