@@ -176,7 +176,8 @@ class _Decoder:
 
     def _multiply(self, states: str, codes: str, scales: str, shape: tuple[int, ...], bits: int, out: str) -> str:
         """The product with a quantized weight of ``shape`` [out, in]."""
-        sizes = {"N": shape[0], "K": shape[1], "bits": bits, "block_size": BLOCK}
+        # 1: in float32. 4 would round states to int8, which large activations do not survive (docs/engines.md).
+        sizes = {"N": shape[0], "K": shape[1], "bits": bits, "block_size": BLOCK, "accuracy_level": 1}
         return self.graph.node("MatMulNBits", [states, codes, scales], out, domain=MICROSOFT, **sizes)
 
     def _weight(self, name: str) -> str:
