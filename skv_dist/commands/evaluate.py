@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from skv_dist.commands import maps
 from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
+from skv_dist.config.evaluations import check_decodable
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 from skv_dist.routing import RoutePlan
@@ -75,13 +76,12 @@ def main(argv: list[str]) -> int:
     validation = validation_samples(arguments.checkpoint, run)
     losses: dict[str, float] = {}
     if validation is not None:
-        losses = sweep(engine, run, evaluation_batches(run, world, validation), plans)
+        losses = sweep(engine, run, evaluation_batches(run, world, validation), plans, validation.names)
     elif arguments.prompt is None:
         raise nothing_held_out(arguments.checkpoint)
     for name, plan in plans.items():
         if world.is_first and losses:
-            num_owners = len(set(plan.table))
-            print(f"{name:<16} {losses[name]:.4f} nats/token   {num_owners} of {plan.num_layers} layers cached")
+            print(_lines(name, plan, losses))
         if arguments.prompt is not None:
             _print_sample(arguments, run, world, engine, tokenizer, name, plan)
     if world.is_first and arguments.json is not None:
@@ -96,10 +96,15 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
     asked = [] if arguments.samples is None else [f"eval.samples={arguments.samples}"]
     run = maps.configuration(arguments, asked)
     if arguments.prompt is not None:
-        from skv_dist.parallel.decode import check_decodable
-
         check_decodable(run)
     return run
+
+
+def _lines(name: str, plan: RoutePlan, losses: dict[str, float]) -> str:
+    """The loss under one map, and below it the loss on each source, where there are several."""
+    total = f"{name:<16} {losses[name]:.4f} nats/token   {len(set(plan.table))} of {plan.num_layers} layers cached"
+    on = {key.removeprefix(f"{name}/"): loss for key, loss in losses.items() if key.startswith(f"{name}/")}
+    return "\n".join([total, *(f"{'':<16} {loss:.4f} on {source}" for source, loss in on.items())])
 
 
 def _print_sample(

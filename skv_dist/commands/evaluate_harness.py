@@ -9,6 +9,7 @@ from typing import Any
 from skv_dist import __version__
 from skv_dist.commands import maps
 from skv_dist.commands.arguments import ArgumentParser
+from skv_dist.config.evaluations import check_decodable
 from skv_dist.errors import UserError
 
 _CURE = "pip install 'skv-dist[harness]'"
@@ -54,7 +55,6 @@ def evaluate_harness(argv: list[str]) -> int:
     from skv_dist.evaluation.harness import HarnessModel
     from skv_dist.evaluation.harness_tasks import load_tasks, quiet_unless, run_tasks
     from skv_dist.evaluation.questions import cache_bytes_per_token
-    from skv_dist.parallel.decode import check_decodable
     from skv_dist.parallel.processes import groups
 
     check_decodable(run)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from skv_dist.commands import maps
 from skv_dist.commands.arguments import ArgumentParser
+from skv_dist.config.evaluations import check_decodable
 from skv_dist.config.train import QuestionsConfig
 from skv_dist.errors import UserError
 
@@ -56,7 +57,6 @@ def evaluate_questions(argv: list[str]) -> int:
     from skv_dist.checkpoint.frozen_model import frozen_model
     from skv_dist.checkpoint.travelling import end_tokens, origin_of, tokenizer_of
     from skv_dist.evaluation.questions import answer_questions, read_questions
-    from skv_dist.parallel.decode import check_decodable
     from skv_dist.parallel.processes import groups
 
     check_decodable(run)
@@ -81,9 +81,8 @@ def evaluate_questions(argv: list[str]) -> int:
         tokenizer,
         questions,
         {name.removeprefix("loss@"): plan for name, plan in plans.items()},
-        new_tokens=arguments.new_tokens,
+        asked=asked,
         ends=frozenset(end_tokens(origin_of(arguments.checkpoint), tokenizer)),
-        batch_size=arguments.batch_size,
         on_batch=_progress(len(questions) * len(plans) // world.data_size, shown=world.is_first),
     )
     if world.is_first:

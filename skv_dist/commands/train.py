@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import INTERRUPTED, entry_point
+from skv_dist.config.evaluations import check_best, check_questions
 from skv_dist.config.load import load_config
-from skv_dist.config.run import Derived, RunConfig, check_best, check_lanes, check_questions, derive
+from skv_dist.config.run import Derived, RunConfig, check_lanes, derive
 from skv_dist.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # torch is imported once the configuration is known to be goo
     from skv_dist.parallel.processes.groups import World
     from skv_dist.parallel.teacher import Teacher
     from skv_dist.training.callbacks import Best, Callback
+    from skv_dist.training.report import Parameters
     from skv_dist.training.stop import StopRequest
     from skv_dist.training.trainer import Trainer
 
@@ -194,6 +196,7 @@ def _train_in_folder(
     from skv_dist.checkpoint.travelling import end_tokens, origin_of, travelling_files
     from skv_dist.parallel.engines.create import create_engine
     from skv_dist.training import output_folder
+    from skv_dist.training.report import count_parameters
     from skv_dist.training.trainer import Trainer
     from skv_dist.versions import software
 
@@ -225,9 +228,10 @@ def _train_in_folder(
     weights = start or begin_with
     ends = frozenset(end_tokens({} if weights is None else origin_of(weights), tokenizer))
     callbacks = _callbacks(trainer, saver, state, data.validation, best, tokenizer, ends)
+    parameters = count_parameters(run, engine)
     if world.is_first:
         output_folder.begin(out, run, trainer.step, start)
-        _announce(trainer, start)
+        _announce(trainer, parameters, start, begin_with)
     first_step = trainer.step
     try:
         trainer.fit(callbacks, stop)
@@ -318,7 +322,7 @@ def _callbacks(
     """In the order in which they see a step: what measures, what saves, and on the first rank what records."""
     from skv_dist.checkpoint.folder import METRICS, TENSORBOARD
     from skv_dist.evaluation.questions import ask_while_training
-    from skv_dist.evaluation.sweep import evaluation_batches, retention_plans, sweep
+    from skv_dist.evaluation.sweep import check_measured, evaluation_batches, retention_plans, sweep
     from skv_dist.training.callbacks import Callback, Checkpoints, Console, Evaluation, JsonLines, TensorBoard
     from skv_dist.training.output_folder import folder_of
     from skv_dist.training.weights_and_biases import WeightsAndBiases
@@ -327,6 +331,7 @@ def _callbacks(
     callbacks: list[Callback] = []
     if run.eval.every and validation is not None:
         batches, plans = evaluation_batches(run, world, validation), retention_plans(run)
+        check_measured(run.eval.best, run, batches, validation.names)
         evaluate = [lambda: sweep(engine, run, batches, plans, validation.names)]
         if run.eval.questions is not None:
             by_size = {name.removeprefix("loss@"): plan for name, plan in plans.items()}
@@ -348,12 +353,17 @@ def _callbacks(
     return callbacks
 
 
-def _announce(trainer: "Trainer", start: Path | None) -> None:
+def _announce(trainer: "Trainer", parameters: "Parameters", start: Path | None, begin_with: Path | None) -> None:
     from skv_dist.checkpoint.folder import read_config
     from skv_dist.training.report import start_report
 
-    report = start_report(trainer.run, trainer.derived, trainer.world, trainer.engine, trainer.num_sequences)
-    print(report, flush=True)
+    begins = (
+        f"with the weights of {begin_with}" if begin_with else f"with random weights, seed {trainer.run.train.seed}"
+    )
+    if start is not None:
+        begins = f"with step {trainer.step} of {start}"
+    run, derived, world = trainer.run, trainer.derived, trainer.world
+    print(start_report(run, derived, world, parameters, begins, trainer.num_sequences), flush=True)
     if start is not None:
         print(f"resumed from {start} at step {trainer.step}", flush=True)
         steps, before = trainer.run.train.steps, read_config(start).train.steps

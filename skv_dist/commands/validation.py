@@ -7,10 +7,10 @@ from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
-    from skv_dist.data.batches import Samples
+    from skv_dist.data.continuing import Validation
 
 
-def validation_samples(checkpoint: Path, run: RunConfig) -> "Samples | None":
+def validation_samples(checkpoint: Path, run: RunConfig) -> "Validation":
     """The validation part of ``run.data``, held out by the rule of the checkpoint. None: it holds out nothing.
 
     Collective.

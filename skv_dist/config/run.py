@@ -14,7 +14,7 @@ from skv_dist.config.parallel import ParallelConfig
 from skv_dist.config.policy import build_policy, deployment_map
 from skv_dist.config.routing import RoutingConfig
 from skv_dist.config.section import Section
-from skv_dist.config.train import SCORES, EvalConfig, OptimizerConfig, TrainConfig
+from skv_dist.config.train import EvalConfig, OptimizerConfig, TrainConfig
 from skv_dist.errors import UserError
 from skv_dist.routing.policies import Policy
 
@@ -211,45 +211,6 @@ def derive(config: RunConfig, world_size: int) -> Derived:
         num_micro_batches=micro_batches,
         tokens_per_step=train.global_batch_size * config.data.sequence_length,
     )
-
-
-def check_best(config: RunConfig) -> None:
-    """Raises UserError where a training run cannot tell which of its checkpoints is best."""
-    evaluation = config.eval
-    if evaluation.patience is not None and evaluation.best is None:
-        raise UserError(f"eval.patience is {evaluation.patience}, but eval.best is not set: name an evaluation there")
-    if evaluation.best is None:
-        return
-    kinds = ["loss"] if evaluation.questions is None else ["loss", *SCORES]
-    measured = [f"{kind}@{retention:.2f}" for kind in kinds for retention in evaluation.retention]
-    if evaluation.best not in measured:
-        raise UserError(
-            f"eval.best '{evaluation.best}' is not measured: take one of {', '.join(measured)} (eval.retention"
-            f"{', eval.questions' if len(kinds) == 1 else ''})"
-        )
-    if not evaluation.every:
-        raise UserError(
-            f"eval.best is '{evaluation.best}', but eval.every is 0: set eval.every, or leave eval.best out"
-        )
-
-
-def check_questions(config: RunConfig) -> None:
-    """Raises UserError where a training run cannot answer ``eval.questions`` in its layout."""
-    if config.eval.questions is None:
-        return
-    parallel = config.parallel
-    for key, value, refused, cure in (
-        ("parallel.zero_stage", parallel.zero_stage, parallel.zero_stage == 3, "2"),
-        ("parallel.sequence_parallel", "true", parallel.sequence_parallel, "false"),
-        ("parallel.virtual_pipeline", parallel.virtual_pipeline, parallel.virtual_pipeline > 1, "1"),
-    ):
-        if refused:
-            raise UserError(
-                f"eval.questions and {key}: {value} do not work together: set {key}={cure}, or leave "
-                "eval.questions out and ask checkpoints by skv-eval questions"
-            )
-    if not config.eval.every:
-        raise UserError("eval.questions is given, but eval.every is 0: set eval.every, or leave eval.questions out")
 
 
 def check_lanes(config: RunConfig, derived: Derived) -> None:

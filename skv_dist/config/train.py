@@ -184,8 +184,9 @@ class EvalConfig(Section):
     in percent, as SQuAD defines them, named like eval/token_f1@0.50. null: none."""
 
     best: str | None = None
-    """Evaluation by which the best checkpoint is kept, such as loss@0.50 or token_f1@0.50. Where a loss is lower than
-    all before, or a score higher, a checkpoint is written; it stays until a better one is there, whatever
+    """Evaluation by which the best checkpoint is kept, such as loss@0.50 or token_f1@0.50. With several
+    sources also the loss on one of them, named as in metrics.jsonl: loss@0.50/NAME. Where a loss is lower than all
+    before, or a score higher, a checkpoint is written; it stays until a better one is there, whatever
     checkpoint.keep_last says, and train.output_dir/checkpoints/best names it. null: none is kept for its value."""
 
     patience: int | None = Field(default=None, gt=0)

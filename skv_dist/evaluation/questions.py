@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def read_questions(
         raise UserError(f"{asked.path} is no file")
     template = TextTemplate(prompt, names[0])
     source = SourceConfig(path=asked.path, format="parquet" if format_of(asked.path) == "parquet" else "jsonl")
-    questions = _rows(source, template, answers, tokenizer, chat=asked.chat)[: asked.number]
+    questions = _rows(source, template, answers, tokenizer, asked)
     longest = max(len(question.prompt) for question in questions)
     if longest + asked.new_tokens > run.model.max_position_embeddings:
         raise UserError(
@@ -76,10 +77,11 @@ def _single_field(source: SourceConfig | None) -> str | None:
 
 
 def _rows(
-    source: SourceConfig, template: TextTemplate, answers: str, tokenizer: Tokenizer, *, chat: bool
+    source: SourceConfig, template: TextTemplate, answers: str, tokenizer: Tokenizer, asked: QuestionsConfig
 ) -> list[Question]:
     questions = []
-    for number, row in rows(source.path, source.format, [*template.fields, answers]):
+    # What is behind the last one that is asked for is not read.
+    for number, row in islice(rows(source.path, source.format, [*template.fields, answers]), asked.number):
         try:
             text = template.text(row)
             references = row[answers]
@@ -90,7 +92,7 @@ def _rows(
         right = [references] if isinstance(references, str) else references
         if not (isinstance(right, list) and right and all(isinstance(text, str) for text in right)):
             raise UserError(f"'{source.path}' row {number}: field '{answers}' is no text and no list of texts")
-        questions.append(Question(_prompt_ids(tokenizer, text, chat), right))
+        questions.append(Question(_prompt_ids(tokenizer, text, asked.chat), right))
     if not questions:
         raise UserError(f"'{source.path}' holds no questions")
     return questions
@@ -139,29 +141,28 @@ def answer_questions(
     questions: Sequence[Question],
     plans: Mapping[str, RoutePlan],
     *,
-    new_tokens: int,
+    asked: QuestionsConfig,
     ends: frozenset[int],
-    batch_size: int,
     on_batch: Callable[[int], None] = lambda num_questions: None,
 ) -> dict[str, Score]:
     """Score the likeliest answers under each map. Collective; replicas share the questions out.
 
     Args:
-        new_tokens: largest number of tokens in an answer, which also ends at a line break.
+        asked: says how long an answer may be, which also ends at a line break, and how many are decoded together.
         ends: tokens that end an answer.
-        batch_size: questions decoded together.
         on_batch: called with their number behind each batch of this replica.
     """
     # Questions of one length lie together, so that little is padded.
     order = sorted(range(len(questions)), key=lambda number: (-len(questions[number].prompt), number))
-    batches = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+    size = asked.batch_size
+    batches = [order[begin : begin + size] for begin in range(0, len(order), size)]
     scores = {}
     for name, plan in plans.items():
         decoder = Decoder(engine, run, plan)
         mine: list[Answer] = []
         for batch in batches[world.data_rank :: world.data_size]:
             prompts = [questions[number].prompt for number in batch]
-            said = decoder.continue_prompts(prompts, new_tokens, ends, likeliest, tokenizer.end_of_document)
+            said = decoder.continue_prompts(prompts, asked.new_tokens, ends, likeliest, tokenizer.end_of_document)
             for number, ids in zip(batch, said):
                 mine.append(_scored(number, tokenizer.decode(ids), questions[number].references))
             on_batch(len(batch))
@@ -187,17 +188,7 @@ def ask_while_training(
     questions = read_questions(asked, run, tokenizer)
 
     def scores() -> dict[str, float]:
-        answered = answer_questions(
-            engine,
-            run,
-            world,
-            tokenizer,
-            questions,
-            plans,
-            new_tokens=asked.new_tokens,
-            ends=ends,
-            batch_size=asked.batch_size,
-        )
+        answered = answer_questions(engine, run, world, tokenizer, questions, plans, asked=asked, ends=ends)
         return {f"{kind}@{name}": getattr(score, kind) for kind in SCORES for name, score in answered.items()}
 
     return scores

@@ -5,9 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from skv_dist.config.run import RunConfig
 from skv_dist.data.batches import MicroBatch, Samples, micro_batch_numbers, micro_batches
 from skv_dist.data.stream import HeldOutStream
+from skv_dist.errors import UserError
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.processes.groups import World
-from skv_dist.parallel.run_batch import count_predictions, means_by_source, run_batch, sums_by_source
+from skv_dist.parallel.run_batch import (
+    count_predictions,
+    counts_by_source,
+    means_by_source,
+    run_batch,
+    sums_by_source,
+)
 from skv_dist.parallel.shared_reading import SharedReading
 from skv_dist.routing import RoutePlan
 
@@ -38,6 +45,24 @@ def evaluation_batches(run: RunConfig, world: World, samples: Samples, first: in
     for batch in batches:
         batch.loss_mask[max(0, run.eval.samples - batch.index * size) :] = 0
     return [batch.to(world.device) for batch in batches]
+
+
+def check_measured(best: str | None, run: RunConfig, batches: list[MicroBatch], sources: Sequence[str]) -> None:
+    """Whether there is anything to measure the loss of the source on that ``eval.best`` names, if it does. Collective.
+
+    Raises:
+        UserError: there is not, so that no checkpoint would be the best.
+    """
+    if best is None or "/" not in best:
+        return
+    counts = counts_by_source(batches, len(sources)).tolist() if len(sources) > 1 else []
+    seen = [source for source, count in zip(sources, counts) if count]
+    if best.partition("/")[2] not in seen:
+        raise UserError(
+            f"eval.best '{best}' has nothing to be measured on, as the first {run.eval.samples} validation sequences "
+            f"(eval.samples) are of {', '.join(seen) or 'one source'} alone: raise eval.samples, hold out more of that "
+            "source, or name another evaluation"
+        )
 
 
 def _shared(read: Callable[[], list[MicroBatch]], run: RunConfig, world: World, rounds: int) -> list[MicroBatch]:

@@ -6,33 +6,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from skv_dist.config.evaluations import check_decodable
 from skv_dist.config.run import RunConfig
-from skv_dist.errors import UserError
 from skv_dist.model.kv_cache import KvCache
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.forward import Forward
 from skv_dist.routing import RoutePlan
 
 Choose = Callable[[torch.Tensor], torch.Tensor]
-
-
-def check_decodable(run: RunConfig) -> None:
-    """Whether `Decoder` can run in this layout.
-
-    Raises:
-        UserError: it cannot, naming the key.
-    """
-    parallel = run.parallel
-    if parallel.sequence_parallel:
-        raise UserError(
-            "decoding with a K/V cache and parallel.sequence_parallel: true do not work together: set "
-            "parallel.sequence_parallel=false"
-        )
-    if parallel.virtual_pipeline > 1:
-        raise UserError(
-            f"decoding with a K/V cache and parallel.virtual_pipeline {parallel.virtual_pipeline} do not work "
-            "together: set parallel.virtual_pipeline=1"
-        )
 
 
 class Decoder:

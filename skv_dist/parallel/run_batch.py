@@ -101,16 +101,30 @@ def sums_by_source(sums: Sequence[torch.Tensor], batches: Sequence[MicroBatch], 
     Returns:
         For each data source the summed loss of its predictions, and their number.
     """
-    counts = torch.cat([batch.loss_mask.sum(dim=-1, dtype=torch.float64) for batch in batches])  # [n]
+    counts = _counts(batches)
     losses = torch.zeros_like(counts)
     if _is_last_stage():
         of_all = torch.cat(list(sums), dim=-1).double()  # [n], with a teacher [2, n]
         losses = of_all if of_all.dim() == 1 else of_all[0]
+    return _by_source(torch.stack([losses, counts]), batches, num_sources)
+
+
+def counts_by_source(batches: Sequence[MicroBatch], num_sources: int) -> torch.Tensor:
+    """Of each data source how many predictions count over all replicas, float64 [num_sources]. Collective."""
+    return _by_source(_counts(batches)[None], batches, num_sources)[0]
+
+
+def _counts(batches: Sequence[MicroBatch]) -> torch.Tensor:
+    """Predictions of each sequence that count, float64 [n]."""
+    return torch.cat([batch.loss_mask.sum(dim=-1, dtype=torch.float64) for batch in batches])
+
+
+def _by_source(values: torch.Tensor, batches: Sequence[MicroBatch], num_sources: int) -> torch.Tensor:
+    """[k, n] of the sequences of this replica -> [k, num_sources], summed over all of them. Collective."""
     sources = torch.cat([batch.sources for batch in batches])  # [n]
     is_of = sources == torch.arange(num_sources, device=sources.device)[:, None]  # [num_sources, n]
     # Not by a product: what is not finite in one source would be in all.
-    by_source = torch.where(is_of, torch.stack([losses, counts])[:, None], 0.0).sum(-1)
-    return _summed_from_last_stage(by_source)
+    return _summed_from_last_stage(torch.where(is_of, values[:, None], 0.0).sum(-1))
 
 
 def means_by_source(sums: torch.Tensor, names: Sequence[str]) -> dict[str, float]:

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from skv_dist.config.evaluations import check_decodable
 from skv_dist.config.run import RunConfig
 from skv_dist.model.cross_entropy import blocks_of
-from skv_dist.parallel.decode import check_decodable
 from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.forward import Forward
 from skv_dist.routing import RoutePlan

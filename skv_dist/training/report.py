@@ -1,8 +1,12 @@
 """What a run says about itself before its first step."""
 
+import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from skv_dist.config.run import Derived, RunConfig
 from skv_dist.model.megatron_config import DTYPES
@@ -10,6 +14,7 @@ from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.engines.create import is_sharded
 from skv_dist.parallel.local_model import partitioned_shape
 from skv_dist.parallel.processes.groups import World
+from skv_dist.parallel.tensor_split import split_of
 from skv_dist.parallel.wire.packing import Packing
 from skv_dist.training.schedule import warmup_steps
 from skv_dist.versions import software
@@ -26,18 +31,55 @@ def _lacks_bf16(cpu_info: Path) -> bool:
     return bool(words & {"flags", "features"}) and not words & {"avx512_bf16", "amx_bf16", "bf16"}
 
 
+class Parameters(NamedTuple):
+    """How many there are.
+
+    Attributes:
+        whole, frozen: of the whole model, each once, whatever the layout.
+        here: on this rank, with what pads the vocabulary.
+    """
+
+    whole: int
+    frozen: int
+    here: int
+
+    def __str__(self) -> str:
+        here = f", {self.here:,} on this rank" if self.here != self.whole else ""
+        frozen = f"; {self.frozen:,} of them frozen" if self.frozen else ""
+        return f"{self.whole:,} parameters{here}{frozen}"
+
+
+def count_parameters(run: RunConfig, engine: Engine) -> Parameters:
+    """Collective."""
+    sizes, here = {}, 0
+    for name, parameter in engine.model.named():
+        part = partitioned_shape(parameter)
+        here += math.prod(part)
+        sizes[name] = math.prod(split_of(name, run).full_shape(part)), parameter.requires_grad
+    group = parallel_state.get_pipeline_model_parallel_group()
+    of_stages: list[Any] = [None] * group.size()
+    dist.all_gather_object(of_stages, sizes, group=group)
+    whole = {name: size for stage in of_stages for name, size in stage.items()}
+    return Parameters(
+        sum(size for size, _ in whole.values()), sum(size for size, learns in whole.values() if not learns), here
+    )
+
+
 def start_report(
-    run: RunConfig, derived: Derived, world: World, engine: Engine, num_sequences: int | None = None
+    run: RunConfig,
+    derived: Derived,
+    world: World,
+    parameters: Parameters,
+    begins: str,
+    num_sequences: int | None = None,
 ) -> str:
     """The derived values of the run, one a line.
 
     Args:
+        begins: with which weights.
         num_sequences: of an epoch; None where nobody knows.
     """
     train, parallel, model = run.train, run.parallel, run.model
-    num_parameters = sum(torch.Size(partitioned_shape(p)).numel() for p in engine.model.parameters())
-    num_frozen = sum(torch.Size(partitioned_shape(p)).numel() for p in engine.model.parameters() if not p.requires_grad)
-    frozen = f", {num_frozen:,} of them frozen" if num_frozen else ""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     routing: str = run.routing.policy
     if routing in ("r_cla", "rd_cla"):
@@ -56,8 +98,8 @@ def start_report(
         "processes": f"{derived.world_size} on {device}: tensor {parallel.tensor}"
         f"{' with sequence parallelism' if parallel.sequence_parallel else ''}{stages} x data {derived.data_parallel}, "
         f"{zero}, {train.precision}",
-        "model": f"{model.num_layers} layers x {model.hidden_size}, vocabulary {run.vocab_size:,}, "
-        f"{num_parameters:,} parameters on this rank{frozen}",
+        "model": f"{model.num_layers} layers x {model.hidden_size}, vocabulary {run.vocab_size:,}, {parameters}",
+        "begins": begins,
         "routing": routing,
         "batch": f"{train.global_batch_size} sequences x {run.data.sequence_length} = {derived.tokens_per_step:,} "
         f"tokens a step, in {derived.num_micro_batches} micro-batches of {train.micro_batch_size} per replica",

@@ -67,6 +67,25 @@ def test_the_file_says_what_was_found(found: tuple[str, Any], checkpoint: Path, 
     assert content["budgets"][0]["loss"] == pytest.approx(2 * both - first, rel=1e-6)
 
 
+def test_other_text_is_searched_on(found: tuple[str, Any], checkpoint: Path, tmp_path: Path) -> None:
+    """Loss and cost are those that skv-eval measures on the same file, on the sequences behind those of the search."""
+    rows = [json.dumps({"text": f"{number} times {number} is {number * number}. " * 4}) for number in range(60)]
+    (tmp_path / "other.jsonl").write_text("\n".join(rows))
+    _, content = search(tmp_path / "found", checkpoint, "--data", tmp_path / "other.jsonl")
+    entry = content["budgets"][0]
+    losses = []
+    for samples in (4, 8):
+        line = [str(checkpoint), "--data", str(tmp_path / "other.jsonl"), "--samples", str(samples), "--retention", "1"]
+        line += ["--cached-layers", *map(str, entry["layers"]), "--json", str(tmp_path / "losses.json")]
+        command = Command(EVALUATE, line, {}, tmp_path / "log")
+        assert command.wait() == 0, command.printed
+        losses.append(list(json.loads((tmp_path / "losses.json").read_text()).values()))
+    full, cut = (2 * both - first for first, both in zip(*losses, strict=True))
+    assert content["full"]["loss"] == pytest.approx(full, rel=1e-6)
+    assert entry["loss"] == pytest.approx(cut, rel=1e-6)
+    assert content["full"]["loss"] != pytest.approx(found[1]["full"]["loss"], rel=1e-2)
+
+
 def test_the_front_is_drawn(found: tuple[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from skv_dist.evaluation.search.front import check_plottable, plot_front

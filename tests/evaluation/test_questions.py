@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from skv_dist.config.run import RunConfig, check_questions
+from skv_dist.config.evaluations import check_questions
+from skv_dist.config.run import RunConfig
 from skv_dist.config.train import SCORES
 from skv_dist.errors import UserError
 from skv_dist.evaluation.answer_scores import exact_match, normalized, token_f1
@@ -151,8 +152,14 @@ def test_questions_during_training_score_as_those_of_its_checkpoint(
     ("sections", "message"),
     [
         ({"parallel": {"zero_stage": 3}}, "eval.questions and parallel.zero_stage: 3 do not work together: set"),
-        ({"parallel": {"sequence_parallel": True, "tensor": 2}}, "eval.questions and parallel.sequence_parallel: true"),
-        ({"parallel": {"virtual_pipeline": 2, "pipeline": 2}}, "eval.questions and parallel.virtual_pipeline: 2"),
+        (
+            {"parallel": {"sequence_parallel": True, "tensor": 2}},
+            "eval.questions: decoding with a K/V cache and parallel.seq",
+        ),
+        (
+            {"parallel": {"virtual_pipeline": 2, "pipeline": 2}},
+            "parallel.virtual_pipeline=1, or leave eval.questions out",
+        ),
         ({"eval": {"every": 0}}, "eval.questions is given, but eval.every is 0"),
     ],
 )
@@ -189,6 +196,16 @@ def test_bad_questions_are_refused_in_one_line(
     file.write_text(json.dumps(row) + "\n")
     given = ["questions", str(checkpoint), str(file), "--answers-field", "all", *arguments]
     refused(tmp_path, given, message)
+
+
+def test_no_more_is_read_than_is_asked(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"q": "aa=", "all": "aa"}) + "\n" + "no question\n")
+    _, scores = ask(tmp_path, checkpoint, "--number", 1, "--retention", 1, keep=True)
+    assert [answer["text"] for answer in scores["1.00"]["answers"]] == ["aa"]
+    refused(
+        tmp_path, ["questions", str(checkpoint), str(file), "--answers-field", "all"], "line 2 is not a JSON object"
+    )
 
 
 def test_an_empty_name_is_refused_in_one_line(checkpoint: Path, tmp_path: Path) -> None:

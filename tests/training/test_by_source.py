@@ -17,7 +17,10 @@ from skv_dist.data.tokenizer import ByteTokenizer
 from skv_dist.parallel import run_batch
 from skv_dist.training.callbacks import Console
 from tests.support.jobs.loop import run_training, run_with_sources_shifted
+from tests.support.processes import Command
+from tests.support.runs import EVALUATE
 from tests.support.settings import GLOBAL_BATCH, run_settings
+from tests.support.workers import JobFailedError
 
 LINES, NUMBERS, QUESTIONS = "lines", "numbers", "questions"
 WEIGHTS = [2.0, 1.0, 1.0]
@@ -209,6 +212,55 @@ def test_streams_say_what_is_whose(workers: Any, sources: list[dict[str, Any]], 
     assert (3, f"eval/loss@0.50/{NUMBERS}") in expected
     for number, parallel in enumerate([{}, {"tensor": 2}, {"pipeline": 2}]):
         assert figures(run(f"two{number}", 2, **parallel)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_best_by_the_loss_on_one_source(workers: Any, sources: list[dict[str, Any]], tmp_path: Path) -> None:
+    name, out = f"loss@0.50/{NUMBERS}", tmp_path / "run"
+    given = settings(
+        sources,
+        out,
+        optimizer={"lr": 0.15, "schedule": "constant"},  # so high that losses rise again
+        eval={"every": 1, "best": name, "samples": 24},
+        checkpoint={"keep_last": 1},
+    )
+    lines = workers(2)(run_training, given)[0]
+    best = min((line[f"eval/{name}"], line["step"]) for line in lines)[1]
+    assert (out / "checkpoints" / "best").read_text().strip() == f"step_{best:08d}"
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        (
+            {"best": "loss@0.50/words"},
+            rf"eval\.best 'loss@0\.50/words' is not measured: take one of loss@1\.00, loss@0\.50, "
+            rf"loss@1\.00/{LINES}, .*, loss@0\.50/{QUESTIONS} \(",
+        ),
+        ({"best": f"loss@0.50/{NUMBERS}"}, rf"has nothing to be measured on.*are of {LINES}, {QUESTIONS} alone"),
+    ],
+)
+def test_a_source_that_is_not_measured_is_refused(
+    workers: Any, sources: list[dict[str, Any]], tmp_path: Path, evaluation: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(JobFailedError, match=message):
+        workers(2)(run_training, settings(sources, tmp_path / "run", eval=evaluation))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_is_measured_by_source(alone: Any, tmp_path: Path) -> None:
+    out, lines = alone
+    line = [str(out), "--json", str(tmp_path / "losses.json"), "--cached-layers", "0", "2"]
+    command = Command(EVALUATE, line, {}, tmp_path / "log")
+    assert command.wait() == 0, command.printed
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    seen = (LINES, QUESTIONS)  # no sample of the other is among so few
+    assert losses.keys() == {
+        f"loss@{of}{name}" for of in ("1.00", "0.50", "layers 0,2") for name in ("", *(f"/{source}" for source in seen))
+    }
+    for name, loss in losses.items():
+        assert loss == pytest.approx(lines[-1][f"eval/{name.replace('layers 0,2', '0.50')}"])
+    for source in seen:
+        assert f"{losses[f'loss@0.50/{source}']:.4f} on {source}\n" in command.printed
 
 
 def test_epochs_by_source(alone: Any, sources: list[dict[str, Any]], tmp_path: Path) -> None:

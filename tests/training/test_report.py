@@ -7,7 +7,7 @@ import pytest
 
 from skv_dist.training.report import _lacks_bf16
 from tests.support.jobs.loop import run_and_print
-from tests.support.settings import run_settings
+from tests.support.settings import VOCAB_OF_BYTES, run_settings
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,25 @@ def test_a_run_in_bf16_on_such_a_processor_says_that_it_is_slow(
     _, printed = workers(1)(run_and_print, settings)[0]
     lacks = _lacks_bf16(Path("/proc/cpuinfo"))
     assert ("train.precision=fp32 is many times faster" in printed) is (lacks and precision == "bf16")
+
+
+@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}])
+def test_a_run_says_how_large_the_whole_model_is_and_with_what_it_begins(
+    workers: Any, text: Path, tmp_path: Path, parallel: dict[str, int]
+) -> None:
+    """Tied and padded weights count once and without padding, in every layout."""
+
+    def banner(name: str, **sections: Any) -> str:
+        given = {"model": {"tie_embeddings": True}, "train": {"steps": 1}, "eval": {"every": 0}, **sections}
+        settings = run_settings(text, tmp_path / name, parallel=parallel, **given)
+        return str(workers(2 if parallel else 1)(run_and_print, settings)[0][1])
+
+    layer = 32 * (32 + 2 * 2 * 8) + 32 * 32 + 3 * 32 * 48 + 2 * 32 + 2 * 8  # projections, norms, norms of heads
+    size = VOCAB_OF_BYTES * 32 + 8 * layer + 32
+    first = banner("first", train={"steps": 1, "freeze": ["embedding.weight"]})
+    assert f" {size:,} parameters" in first
+    assert f"{VOCAB_OF_BYTES * 32:,} of them frozen" in first
+    assert "begins:    with random weights, seed 7" in first
+    weights = tmp_path / "first" / "checkpoints" / "step_00000001"
+    assert f"begins:    with the weights of {weights}" in banner("next", checkpoint={"init_from": str(weights)})
+    assert f"begins:    with step 1 of {weights}" in banner("first", train={"steps": 1, "freeze": ["embedding.weight"]})

@@ -159,10 +159,12 @@ def _to_onnx(arguments: argparse.Namespace) -> int:
     from ..engines.export.onnx_genai import check_expressible, export_onnx
     from .failed import check_or_keep, keep
     from .findings import table
+    from .kinds import refuse_other_kinds
     from .progress import say
     from .run_engine import require
     from .verify import verify_onnx
 
+    refuse_other_kinds(arguments.exported)
     try:
         check_expressible(arguments.exported)
         if not arguments.no_verify:
@@ -263,7 +265,7 @@ def _parser() -> ArgumentParser:
         "--dtype",
         choices=("float32", "float16", "int4"),
         default="float32",
-        help="float16: for GPUs; int4: projections in four bits, the rest in float32 (default: float32)",
+        help="float16: for GPUs; int4: projections in four bits, embedding and head in eight (default: float32)",
     )
     onnx.add_argument("--no-verify", action="store_true", help="do not compare with the exported folder")
     onnx.add_argument("--python", default=sys.executable, help="interpreter that has onnxruntime-genai")

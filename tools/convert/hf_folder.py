@@ -10,6 +10,7 @@ from skv_dist.errors import UserError
 
 from ..engines.export.exported_config import read_object
 from ..weights import INDEX, SINGLE
+from .kinds import refuse_other_kinds
 
 _STORED = ("F32", "BF16", "F16")
 
@@ -30,8 +31,7 @@ class HuggingFaceFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder")
+        refuse_other_kinds(folder)
         self.folder = folder
         self.config = read_json(folder / "config.json")
         self.notes: list[str] = []  # what was decided, where the folder says two things

@@ -16,12 +16,13 @@ from skv_dist.errors import UserError
 from skv_dist.routing import map_from_order, map_from_retention
 
 from ..engines.export.exported_config import read_config
-from ..engines.export.onnx_genai import float32, is_projection, map_weights, rounded
+from ..engines.export.onnx_genai import bits_of, float32, map_weights, rounded
 from ..weights import DTYPES
 from .blocks import Map
 from .findings import FLOAT64_LIMIT, Finding, float16_limit, float32_limit
 from .hf_config import CODE, CODE_FIELDS, OUR_MODEL_TYPE, map_of, shape_of
 from .hf_folder import read_json
+from .kinds import refuse_other_kinds
 from .layerwise import LogProbs, checkpoint_log_probs
 from .reference import TEXT, Tokens, comparison_tokens, write_unshared
 from .run_engine import Arrays, run_engine
@@ -93,8 +94,8 @@ def verify_onnx(exported: Path, onnx: Path, python: str = sys.executable, dtype:
     """Compare what `export_onnx` wrote, in ONNX Runtime, with the exported folder that it was made from.
 
     The folder runs in transformers, in float64; what is known to be rounded away is measured there too, in float32 or,
-    for a folder of float16, in float16. One of int4 is compared with the same model whose projections are rounded: what
-    four bits cost is another question. Memory: that of the larger of both, one after the other; ONNX Runtime holds all
+    for a folder of float16, in float16. One of int4 is compared with the same model whose weights are rounded: what
+    that costs is another question. Memory: that of the larger of both, one after the other; ONNX Runtime holds all
     weights in float32.
 
     Args:
@@ -115,19 +116,20 @@ def verify_onnx(exported: Path, onnx: Path, python: str = sys.executable, dtype:
 
         def run(*options: str) -> Any:
             files = work / "tokens.npy", work / "expected.npz"
-            return run_engine("transformers", sys.executable, compared, *files, *options)["prefill"]
+            return run_engine("transformers", sys.executable, compared, *files, *options)
 
-        right, narrow = run(), run("--dtype", "float16" if dtype == "float16" else "float32")
+        right, narrow = run()["prefill"], run("--dtype", "float16" if dtype == "float16" else "float32")
         other = another_of_folder(sources)
-        wrong = None if other is None else run("--kv-source-layers", *map(str, other))
+        wrong = None if other is None else run("--kv-source-layers", *map(str, other))["prefill"]
         unshared = _unshared_bytes(shape_of(config), work, "onnx", python, "float32", "--dtype", dtype)
         measured = run_engine("onnx", python, onnx, work / "tokens.npy", work / "measured.npz")
-    limit = (float16_limit if dtype == "float16" else float32_limit)(largest_difference(narrow, right))
+    noise = max(largest_difference(narrow[way], right) for way in ("prefill", "stepwise"))
+    limit = (float16_limit if dtype == "float16" else float32_limit)(noise)
     return [_finding("onnx", sources, measured, right, wrong, limit, unshared)]
 
 
 def _write_rounded(exported: Path, out: Path) -> None:
-    """The folder with its projections as four bits keep them, and all of it in float32."""
+    """The folder with its weights as one of int4 keeps them, and all of it in float32."""
     from safetensors.numpy import save_file
 
     out.mkdir()
@@ -137,7 +139,8 @@ def _write_rounded(exported: Path, out: Path) -> None:
     config = read_json(exported / "config.json")
     (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     weights = {name: float32(tensor) for name, tensor in map_weights(exported).items()}
-    kept = {name: rounded(tensor) if is_projection(name) else tensor for name, tensor in weights.items()}
+    bits = {name: bits_of(name) for name in weights}
+    kept = {name: tensor if bits[name] == 32 else rounded(tensor, bits[name]) for name, tensor in weights.items()}
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in kept.items()}, out / "model.safetensors")
 
 
@@ -205,6 +208,7 @@ def _exported_config(exported: Path) -> dict[str, Any]:
     Raises:
         UserError: naming file and field.
     """
+    refuse_other_kinds(exported)
     _check_code(exported, read_json(exported / "config.json"))
     try:
         return read_config(exported)

@@ -19,7 +19,7 @@ LLAMA3 = {
 Call = Callable[..., int]  # runs skv-convert
 
 
-def make(kind: str, tied: bool = False, scaled: bool = False, layers: int = LAYERS) -> Any:
+def make(kind: str, tied: bool = False, scaled: bool = False, layers: int = LAYERS, width: int = 32) -> Any:
     """A ``llama``, ``qwen3`` or ``mistral`` with random weights, norms included."""
     from transformers import (
         LlamaConfig,
@@ -40,7 +40,7 @@ def make(kind: str, tied: bool = False, scaled: bool = False, layers: int = LAYE
     made = model(
         config(
             vocab_size=262,
-            hidden_size=32,
+            hidden_size=width,
             intermediate_size=48,
             num_hidden_layers=layers,
             num_attention_heads=4,

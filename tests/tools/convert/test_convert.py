@@ -271,21 +271,47 @@ def test_smaller_onnx_folders_are_compared_too(
     assert not (tmp_path / "wrong").exists()
 
 
-def test_four_bits_keep_the_largest_of_each_block_and_round_the_rest() -> None:
+@pytest.mark.parametrize(("tied", "width"), [(True, 32), (False, 32), (True, 48)])  # 48: the last block is not full
+def test_embedding_and_head_are_kept_in_eight_bits(call: Call, tmp_path: Path, tied: bool, width: int) -> None:
+    import onnx
+
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        pytest.skip("onnxruntime-genai has no wheel for this platform")
+    save(make("qwen3", tied=tied, layers=2, width=width), tmp_path / "hf")
+    assert call("from-hf", tmp_path / "hf", tmp_path / "ours", "--tokenizer", "byte", "--no-verify") == 0
+    assert call("to-hf", tmp_path / "ours", tmp_path / "out", "--retention", 0.5, "--no-verify") == 0
+    assert call("to-onnx", tmp_path / "out", tmp_path / "onnx", "--dtype", "int4") == 0  # compared in the engine
+    initializers = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph.initializer
+    of_vocabulary = {entry.name: entry for entry in initializers if entry.dims[0] == 262}
+    places = {
+        name: {pair.key: int(pair.value) for pair in entry.external_data if pair.key != "location"}
+        for name, entry in of_vocabulary.items()
+    }
+    embedding = places["model.embed_tokens.weight"]
+    assert embedding["length"] == 262 * width
+    assert (places["lm_head.weight"] == embedding) == (tied and width == 32)  # the very same bytes
+    wide = [name for name, entry in of_vocabulary.items() if entry.data_type == onnx.TensorProto.FLOAT]
+    assert all(name.endswith("/scales") for name in wide)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_bits_keep_the_largest_of_each_block_and_round_the_rest(bits: int) -> None:
     from skv_tools.engines.export.onnx_genai import rounded
 
     weight = np.random.default_rng(3).normal(size=(5, 70)).astype(np.float32)  # 70: the last block is not full
     weight[0, :32] = 0
-    found = rounded(weight)
+    found, zero = rounded(weight, bits), 2 ** (bits - 1)
     assert (found[0, :32] == 0).all()
     for begin, end in ((0, 32), (32, 64), (64, 70)):
         of, to = weight[:, begin:end], found[:, begin:end]
         extreme = np.take_along_axis(of, np.abs(of).argmax(-1)[:, None], -1)
         assert np.take_along_axis(to, np.abs(of).argmax(-1)[:, None], -1) == pytest.approx(extreme)
-        # Half a step inside; a whole one at the other end, where there is no code 16.
-        assert (np.abs(to - of) <= np.abs(extreme) / 8 * 1.001).all()
-        inside = of * -np.sign(extreme) < np.abs(extreme) * 7.4 / 8
-        assert (np.abs(to - of)[inside] <= (np.broadcast_to(np.abs(extreme), of.shape) / 16 * 1.001)[inside]).all()
+        # Half a step inside; a whole one at the other end, where there is no code for it.
+        assert (np.abs(to - of) <= np.abs(extreme) / zero * 1.001).all()
+        inside = of * -np.sign(extreme) < np.abs(extreme) * (zero - 0.6) / zero
+        assert (
+            np.abs(to - of)[inside] <= (np.broadcast_to(np.abs(extreme), of.shape) / (2 * zero) * 1.001)[inside]
+        ).all()
 
 
 def test_what_is_written_for_onnx_is_compared(

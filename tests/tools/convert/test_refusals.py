@@ -91,8 +91,8 @@ def test_what_the_onnx_runtime_refuses_is_refused_before_anything_is_written(
     for given, message in {
         "out": "head_dim is 8, but ONNX Runtime's GroupQueryAttention",
         "stock": "holds a 'llama' model",
-        "ours": "cannot read",
-        "gone": "cannot read",
+        "ours": "is a checkpoint: `skv-convert to-hf",
+        "gone": "gone is not a folder",
     }.items():
         capsys.readouterr()
         assert call("to-onnx", tmp_path / given, tmp_path / "deep" / "onnx") == 2
@@ -109,3 +109,42 @@ def test_a_folder_of_another_kind_is_named(call: Call, tmp_path: Path, capsys: p
     assert "it is a Hugging Face folder; `skv-convert from-hf" in capsys.readouterr().err
     assert call("verify", tmp_path / "hf", tmp_path / "hf") == 2
     assert "it is a Hugging Face folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "files", "message"),
+    [
+        ("model.gguf", [], "model.gguf is a GGUF file: load it in transformers by from_pretrained(FOLDER, gguf_file="),
+        ("folder", ["model.gguf"], "folder holds GGUF and no config.json: load it in transformers"),
+        ("run", ["checkpoints/latest"], "run is the folder of a run: `skv-convert to-hf"),
+        ("onnx", ["genai_config.json"], "onnx is a folder for ONNX Runtime GenAI"),
+        ("list.txt", [], "list.txt is a file, not a folder"),
+        ("empty", ["README.md"], "config.json: No such file"),
+    ],
+)
+def test_what_is_no_folder_of_transformers_is_named(
+    call: Call,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    given: str,
+    files: list[str],
+    message: str,
+) -> None:
+    for name in files:
+        (tmp_path / given / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / given / name).touch()
+    if not files:
+        (tmp_path / given).touch()
+    for line in (["from-hf"], ["to-onnx"], ["verify", checkpoint]):
+        arguments = [tmp_path / given] if line[0] == "verify" else [tmp_path / given, tmp_path / "out"]
+        assert call(*line, *arguments) == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [given]
+
+
+def test_a_name_of_the_hub_is_not_looked_up(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("from-hf", "someone/model", tmp_path / "out") == 2
+    assert "comes by `hf download someone/model --local-dir FOLDER`" in capsys.readouterr().err

@@ -3,9 +3,8 @@
 Imports nothing of ours, so that `runners/run_onnx.py` can use it in a Python that has no skv-dist.
 """
 
-from .decoder import is_projection
 from .folder import DTYPES, check_expressible, export_onnx
-from .int4 import rounded
+from .quantized import bits_of, rounded
 from .weights import float32, map_weights
 
-__all__ = ["DTYPES", "check_expressible", "export_onnx", "float32", "is_projection", "map_weights", "rounded"]
+__all__ = ["DTYPES", "bits_of", "check_expressible", "export_onnx", "float32", "map_weights", "rounded"]

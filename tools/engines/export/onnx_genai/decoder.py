@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from .graph import MICROSOFT, Graph
-from .int4 import BLOCK, quantize
+from .quantized import BLOCK, bits_of, quantize
 from .weights import Array, float32
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NORM = "SimplifiedLayerNormalization"  # ONNX Runtime's name for RMSNorm
 
 
@@ -28,16 +29,11 @@ def cache_names(prefix: str, owner: int) -> list[str]:
     return [f"{prefix}.{owner}.key", f"{prefix}.{owner}.value"]
 
 
-def is_projection(name: str) -> bool:
-    """Whether a weight is multiplied with all of a hidden state, and looked up nowhere."""
-    return name.endswith("_proj.weight") or name == "lm_head.weight"
-
-
 def add_decoder(graph: Graph, config: dict[str, Any], weights: dict[str, Array], *, is_int4: bool = False) -> None:
     """Put all nodes of the model into ``graph``, from ``input_ids`` [b, s] to ``logits`` [b, s, V].
 
     Args:
-        is_int4: weights of which `is_projection` says yes are kept in four bits.
+        is_int4: weights are kept in as many bits as `bits_of` says.
     """
     _Decoder(graph, config, weights, is_int4).add()
 
@@ -56,8 +52,7 @@ class _Decoder:
         self.last, self.total = self._lengths()
         if len(self.owners) < len(self.sources):
             self._add_empty_keys()
-        embedding = self._weight("model.embed_tokens.weight")
-        residual = self.graph.node("Gather", [embedding, "input_ids"], "embedded")
+        residual = self._embed()
         branch: str | None = None  # what is to be added to the residual before the next norm
         for layer in range(len(self.sources)):
             prefix = f"model.layers.{layer}"
@@ -67,9 +62,30 @@ class _Decoder:
             branch = self._mlp(normed, f"{prefix}.mlp")
         hidden, _ = self._norm(residual, branch, "model.norm")
         if self.config["tie_word_embeddings"]:
-            self.graph.node("FusedMatMul", [hidden, embedding], "logits", domain=MICROSOFT, transB=1)
+            self._add_tied_head(hidden)
         else:
-            self._product(hidden, "lm_head.weight", "logits")
+            self._product(hidden, _HEAD, "logits")
+
+    def _embed(self) -> str:
+        """The rows of the embedding that ``input_ids`` ask for, [b, s, h]."""
+        if not self.is_int4:
+            return self.graph.node("Gather", [self._weight(_EMBEDDING), "input_ids"], "embedded")
+        codes, scales = quantize(float32(self.weights[_EMBEDDING]), 8)
+        rows = codes.reshape(len(codes), -1)[:, : self.config["hidden_size"]]  # the last block may not be full
+        inputs = [self.graph.packed(_EMBEDDING, rows), "input_ids", self.graph.weight(_scales(_EMBEDDING), scales)]
+        how = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        return self.graph.node("GatherBlockQuantized", inputs, "embedded", domain=MICROSOFT, **how)
+
+    def _add_tied_head(self, hidden: str) -> None:
+        if not self.is_int4:
+            self.graph.node("FusedMatMul", [hidden, _EMBEDDING], "logits", domain=MICROSOFT, transB=1)
+            return
+        shape = self.weights[_EMBEDDING].shape
+        if shape[1] % BLOCK:
+            codes = self.graph.packed(_HEAD, quantize(float32(self.weights[_EMBEDDING]), 8)[0])
+        else:
+            codes = self.graph.same_bytes(_HEAD, _EMBEDDING, [shape[0], shape[1] // BLOCK, BLOCK])
+        self._multiply(hidden, codes, _scales(_EMBEDDING), shape, 8, "logits")
 
     def _add_constants(self) -> None:
         for name, table in zip(("cos_cache", "sin_cache"), rotary_tables(self.config)):
@@ -153,14 +169,24 @@ class _Decoder:
         weight = float32(self.weights[name])  # [out, in]
         if not self.is_int4:
             return self.graph.node("MatMul", [states, self.graph.weight(name, weight.T)], out)
-        codes, scales = quantize(weight)
-        inputs = [states, self.graph.packed(name, codes), self.graph.weight(f"{name}/scales", scales.reshape(-1))]
-        width, depth = weight.shape
-        sizes = {"N": width, "K": depth, "bits": 4, "block_size": BLOCK}
-        return self.graph.node("MatMulNBits", inputs, out, domain=MICROSOFT, **sizes)
+        bits = bits_of(name)
+        codes, scales = quantize(weight, bits)
+        kept = self.graph.packed(name, codes), self.graph.weight(_scales(name), scales)
+        return self._multiply(states, *kept, weight.shape, bits, out)
+
+    def _multiply(self, states: str, codes: str, scales: str, shape: tuple[int, ...], bits: int, out: str) -> str:
+        """The product with a quantized weight of ``shape`` [out, in]."""
+        # 1: in float32. 4 would round states to int8, which large activations do not survive (docs/engines.md).
+        sizes = {"N": shape[0], "K": shape[1], "bits": bits, "block_size": BLOCK, "accuracy_level": 1}
+        return self.graph.node("MatMulNBits", [states, codes, scales], out, domain=MICROSOFT, **sizes)
 
     def _weight(self, name: str) -> str:
         return self.graph.weight(name, float32(self.weights[name]))
+
+
+def _scales(name: str) -> str:
+    """What the scales of a quantized weight are called."""
+    return f"{name}/scales"
 
 
 def rotary_tables(config: dict[str, Any]) -> tuple[Array, Array]:

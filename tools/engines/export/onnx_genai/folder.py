@@ -5,8 +5,8 @@ Its type is one of `DTYPES`, whatever the exported folder holds:
 - float32: for processors, which compute in it.
 - float16: half of the size, cache and logits too; for GPUs. The CPU provider computes in float32 and rounds between
   nodes.
-- int4: float32 but for the projections, which are kept in blocks of 32 numbers of four bits. Embeddings and a head tied
-  to them stay float32.
+- int4: projections are kept in blocks of 32 numbers of four bits, embedding and head in such of eight. All else is
+  float32.
 """
 
 import json

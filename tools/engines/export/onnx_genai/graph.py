@@ -1,5 +1,6 @@
 """Collecting the nodes and initializers of an ONNX graph."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,16 @@ class Graph:
     def packed(self, name: str, tensor: Array) -> str:
         """uint8, kept in the data file."""
         return self._stored(name, np.ascontiguousarray(tensor, np.uint8))
+
+    def same_bytes(self, name: str, of: str, shape: Sequence[int]) -> str:
+        """What was kept as ``of``, under another name and in another shape, without more bytes in the data file."""
+        from onnx import TensorProto
+
+        entry = TensorProto()
+        entry.CopyFrom(next(entry for entry in self.initializers if entry.name == of))
+        entry.name, entry.dims[:] = name, shape
+        self.initializers.append(entry)
+        return name
 
     def _stored(self, name: str, tensor: Array) -> str:
         from onnx import TensorProto, helper
