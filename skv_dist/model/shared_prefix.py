@@ -83,7 +83,7 @@ class _Walk:
         """The plans by what they make of a layer.
 
         A layer that keeps its own K/V gives the same whether others read them or not. One that borrows projects its
-        own only where it lends them (`RoutedSelfAttention`), which rounds otherwise.
+        own only where it lends them (`RoutedSelfAttention`), and may round otherwise.
         """
         branches: dict[Step, list[int]] = {}
         for member in members:
