@@ -173,6 +173,22 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_maps_come_in_rounds_of_neighbours_each_once() -> None:
+    rounds: list[list[Table]] = []
+
+    def measure(tables: Sequence[Table]) -> list[np.ndarray]:
+        rounds.append(list(tables))
+        return [np.full(4, float(sum(table))) for table in tables]
+
+    model = Measured(7, measure, np.ones(4))
+    tables = [model.table_of({0, *rest}) for rest in itertools.product(range(7), repeat=3)]
+    model.prepare(reversed(tables))
+    model.prepare(tables)
+    assert [len(part) for part in rounds] == [16, 16, 10]  # an interruption loses one
+    assert list(itertools.chain(*rounds)) == sorted(set(tables))
+    assert model.loss(tables[7]) == sum(tables[7])
+
+
 def test_a_full_disk_does_not_end_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(tmp_path / "layers.json.partial", "this one")
     progress.begin()
