@@ -2,6 +2,7 @@
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,7 @@ def _measured(
 
     from skv_dist.commands.validation import nothing_held_out, validation_samples
     from skv_dist.evaluation.search.measured import Measured, Table
-    from skv_dist.evaluation.search.sequences import SequenceLosses
+    from skv_dist.evaluation.search.sequences import SequenceLosses, shares_prefixes
     from skv_dist.evaluation.sweep import evaluation_batches
     from skv_dist.parallel.processes.agree import on_first_rank
 
@@ -147,18 +148,26 @@ def _measured(
     known = {} if progress is None else on_first_rank(progress.begin)
     if known and world.is_first:
         print(f"going on with {sum(map(len, known.values()))} maps that were measured before", flush=True)
+    if world.is_first and not shares_prefixes(run):
+        print(
+            "pipeline stages measure each map from layer 0 on: without parallel.pipeline a search takes less time",
+            flush=True,
+        )
     both = []
     for title, first in (("search", 0), ("check", run.eval.samples)):
         losses = SequenceLosses(engine, run, evaluation_batches(run, world, samples, first))
         before = known.get(title, {})
         bar = tqdm(desc=title, unit="map", initial=len(before), disable=not world.is_first)
 
-        def measure(table: Table, title: str = title, losses: SequenceLosses = losses, bar: Any = bar) -> Any:
-            sums = losses(table)
-            if progress is not None:
-                progress.note(title, table, sums)
-            bar.update(1)
-            return sums
+        def measure(
+            tables: Sequence[Table], title: str = title, losses: SequenceLosses = losses, bar: Any = bar
+        ) -> Any:
+            found = losses(tables)
+            for table, sums in zip(tables, found, strict=True):
+                if progress is not None:
+                    progress.note(title, table, sums)
+                bar.update(1)
+            return found
 
         both.append(Measured(run.model.num_layers, measure, losses.counts, before))
     return both[0], both[1]
@@ -200,10 +209,11 @@ def _entry(
 
     layers, size = run.model.num_layers, len(found.layers)
     full, even = tuple(range(layers)), unseen.table_of(layer * layers // size for layer in range(size))
-    change, beside = unseen.difference(found.table, full), unseen.difference(found.table, even)
     draw = random.Random(size)
     others = sorted(set(range(layers)) - {0})
     sets = [(0, *draw.sample(others, size - 1)) for _ in range(_RANDOM_SETS)]
+    unseen.prepare([full, found.table, even, *map(unseen.table_of, [range(size), *sets])])
+    change, beside = unseen.difference(found.table, full), unseen.difference(found.table, even)
     return {
         "budget": found.budget,
         "layers": list(found.layers),

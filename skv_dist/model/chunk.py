@@ -184,8 +184,8 @@ class RoutedChunk(MegatronModule):
             live = {source: cache.extend(source, kv) for source, kv in live.items()}
         with self._dropout_rng():
             if hidden is None:
-                hidden = self._embed(tokens)
-            rotary = self._rotary(begin + positions, tokens.device)[:, begin:]
+                hidden = self.embed(tokens)
+            rotary = self.rotary(begin + positions, tokens.device)[:, begin:]
             hidden = self._run_layers(hidden, live, plan, rotary, mask, cache)
         if cache is not None:
             cache.advance(positions)
@@ -194,9 +194,10 @@ class RoutedChunk(MegatronModule):
             elif len(hidden) < positions:  # the wire has one shape; later stages look at the last position alone
                 hidden = torch.nn.functional.pad(hidden, (0, 0, 0, 0, positions - len(hidden), 0))
             live = {source: KV(kv.key[begin:], kv.value[begin:]) for source, kv in live.items()}
-        return (self._head(hidden, labels, teacher, gather) if self.has_head else hidden), live
+        return (self.head(hidden, labels, teacher, gather) if self.has_head else hidden), live
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[b, s] -> what the first layer takes in, [s/t, b, h]."""
         hidden = self.embedding(tokens)
         if self._model.block_style.scaled_embedding:
             scale = torch.tensor(self._model.hidden_size**0.5, dtype=torch.float32)  # rounded, as transformers does
@@ -218,7 +219,7 @@ class RoutedChunk(MegatronModule):
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return contextlib.nullcontext()
 
-    def _rotary(self, length: int, device: torch.device) -> torch.Tensor:
+    def rotary(self, length: int, device: torch.device) -> torch.Tensor:
         """Cosines and sines for the first ``length`` positions: see `rotary_table`."""
         table = self._rotary_table
         if table is None or table.shape[1] < length or table.device != device:
@@ -255,14 +256,14 @@ class RoutedChunk(MegatronModule):
                 borrowed = live[source]
             lends = plan.last_reader[number] > number
             extend = None if cache is None or source != number else partial(cache.extend, number)
-            hidden, own = self._run_layer(number, hidden, rotary, mask, borrowed, lends, extend)
+            hidden, own = self.run_layer(number, hidden, rotary, mask, borrowed, lends, extend)
             if own is not None:
                 live[number] = KV(contiguous_gradient(own.key), contiguous_gradient(own.value))
             if source != number and plan.last_reader[source] == number:
                 del live[source]
         return hidden
 
-    def _run_layer(
+    def run_layer(
         self,
         number: int,
         hidden: torch.Tensor,
@@ -272,6 +273,7 @@ class RoutedChunk(MegatronModule):
         lends: bool,
         extend: Callable[[KV], KV] | None,
     ) -> tuple[torch.Tensor, KV | None]:
+        """`RoutedLayer.forward` of one layer, recomputed in backward where the run says so."""
         layer = self.layers[str(number)]
         if not (self.recompute_layers and self.training):
             if extend is None:
@@ -288,9 +290,10 @@ class RoutedChunk(MegatronModule):
         result = tensor_parallel.checkpoint(region, False, hidden, *lent)
         return (result[0], KV(*result[1:])) if lends else (result, None)
 
-    def _head(
+    def head(
         self, hidden: torch.Tensor, labels: torch.Tensor | None, teacher: torch.Tensor | None, gather: bool
     ) -> torch.Tensor:
+        """[s/t, b, h] -> losses or logits, as `forward` returns them."""
         hidden = self.final_norm(hidden)
         weight = self.embedding.weight if self.tie_embeddings and self.has_embedding else self.tied_weight
         logits, _ = self.output_layer(hidden, weight=weight)  # [s, b, v]

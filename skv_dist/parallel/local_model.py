@@ -2,7 +2,7 @@
 the wire."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from skv_dist.config.run import RunConfig
 from skv_dist.model.adapter import add_adapters, is_adapter, plain_name
 from skv_dist.model.chunk import RoutedChunk
 from skv_dist.model.kv_cache import KvCache
+from skv_dist.model.shared_prefix import sums_of_plans
 from skv_dist.parallel.freezing import freeze
 from skv_dist.parallel.tensor_split import Replicated, split_of
 from skv_dist.parallel.wire.packing import Packing
@@ -75,6 +76,18 @@ class LocalModel(torch.nn.Module):
         if not chunk.has_head:
             out = self._packing.pack(out, live, plan.live_after(chunk.numbers.stop - 1), width)
         return out
+
+    def run_plans(
+        self,
+        plans: Sequence[RoutePlan],
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        documents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`sums_of_plans` of the one chunk of this rank, which holds the whole model."""
+        (chunk,) = self.routed_chunks()
+        return sums_of_plans(chunk, plans, tokens, labels, loss_mask, documents)
 
     def dot_with_embedding(self, gradient: torch.Tensor) -> torch.Tensor:
         """A scalar whose gradient by the embedding's weight [v, h] is ``gradient``, of the same shape."""

@@ -1,7 +1,7 @@
 """The search for layers: against all sets where there are few, and its rules."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,10 @@ from skv_dist.evaluation.search.search import Result, search, sizes
 
 LAYERS = 8
 NO_CONSTRAINTS = Constraints.of(LAYERS, [], None, 1)
+
+
+def one_by_one(measure: Callable[[Table], np.ndarray]) -> Callable[[Sequence[Table]], list[np.ndarray]]:
+    return lambda tables: [measure(table) for table in tables]
 
 
 def measured(seed: int = 0, noise: float = 0.0, interaction: float = 1.0) -> Measured:
@@ -38,7 +42,7 @@ def measured(seed: int = 0, noise: float = 0.0, interaction: float = 1.0) -> Mea
         shaken = np.random.default_rng([seed, *table]).normal(0, noise, 16) if noise else 0.0
         return 100 * (hard + loss + shaken)
 
-    return Measured(LAYERS, measure, np.full(16, 100.0))
+    return Measured(LAYERS, one_by_one(measure), np.full(16, 100.0))
 
 
 def best_of_all(model: Measured, size: int, allowed: Callable[[tuple[int, ...]], bool] = lambda _: True) -> float:
@@ -88,7 +92,7 @@ def test_a_swap_within_the_noise_is_not_taken() -> None:
 
 def test_a_difference_has_the_error_of_its_pairs() -> None:
     sums = {(0, 1): np.array([1.0, 2.0, 3.0, 6.0]), (0, 0): np.array([2.0, 2.0, 5.0, 7.0])}
-    pair = Measured(2, sums.__getitem__, np.ones(4))
+    pair = Measured(2, one_by_one(sums.__getitem__), np.ones(4))
     gaps = sums[0, 0] - sums[0, 1]
     mean, error = pair.difference((0, 0), (0, 1))
     assert mean == pytest.approx(gaps.mean())
@@ -99,7 +103,7 @@ def test_sharers_take_the_owner_that_suits_them() -> None:
     def measure(table: Table) -> np.ndarray:
         return np.full(4, 10.0 * (table[3] != 0) + (table[5] != 4))
 
-    model = Measured(6, measure, np.ones(4))
+    model = Measured(6, one_by_one(measure), np.ones(4))
     assert with_free_sources(model, (0, 0, 2, 2, 4, 4)) == (0, 0, 2, 0, 4, 4)
 
 
@@ -154,7 +158,7 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
             progress.note("search", table, sums)
             return sums
 
-        model = Measured(LAYERS, measure, np.full(16, 100.0), known.get("search"))
+        model = Measured(LAYERS, one_by_one(measure), np.full(16, 100.0), known.get("search"))
         result = search(model, [0.5, 0.25], NO_CONSTRAINTS)
         progress.end()
         return result
@@ -167,6 +171,22 @@ def test_an_interrupted_search_goes_on(tmp_path: Path) -> None:
     assert attempt(10_000) == expected
     assert len(calls) == len(set(calls)) == whole.num_measured
     assert not list(tmp_path.iterdir())
+
+
+def test_maps_come_in_rounds_of_neighbours_each_once() -> None:
+    rounds: list[list[Table]] = []
+
+    def measure(tables: Sequence[Table]) -> list[np.ndarray]:
+        rounds.append(list(tables))
+        return [np.full(4, float(sum(table))) for table in tables]
+
+    model = Measured(7, measure, np.ones(4))
+    tables = [model.table_of({0, *rest}) for rest in itertools.product(range(7), repeat=3)]
+    model.prepare(reversed(tables))
+    model.prepare(tables)
+    assert [len(part) for part in rounds] == [16, 16, 10]  # an interruption loses one
+    assert list(itertools.chain(*rounds)) == sorted(set(tables))
+    assert model.loss(tables[7]) == sum(tables[7])
 
 
 def test_a_full_disk_does_not_end_a_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

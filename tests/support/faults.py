@@ -73,13 +73,13 @@ def route_off_by_one() -> Any:
 def borrowed_kv_detached() -> Any:
     from skv_dist.model.chunk import RoutedChunk
 
-    right = RoutedChunk._run_layer
+    right = RoutedChunk.run_layer
 
     def wrong(self: Any, number: int, hidden: Any, rotary: Any, mask: Any, borrowed: Any, *rest: Any) -> Any:
         detached = None if borrowed is None else type(borrowed)(borrowed.key.detach(), borrowed.value.detach())
         return right(self, number, hidden, rotary, mask, detached, *rest)
 
-    return mock.patch.object(RoutedChunk, "_run_layer", wrong)
+    return mock.patch.object(RoutedChunk, "run_layer", wrong)
 
 
 def drawn_again_in_recompute() -> Any:

@@ -18,6 +18,8 @@ def backward_order(measured: Measured, constraints: Constraints) -> tuple[tuple[
         (0.0, -1, layer) for layer in kept - constraints.keep
     ]  # rise of the loss, size of the set for which it was
     heapq.heapify(queue)
+    # The first round, in which each is measured whatever comes.
+    measured.prepare_sets([kept, *(kept - {layer} for *_, layer in queue if constraints.allow(kept - {layer}))])
     while queue:
         _, size, layer = heapq.heappop(queue)
         if not constraints.allow(kept - {layer}):

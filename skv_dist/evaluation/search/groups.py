@@ -20,17 +20,21 @@ def group_costs(measured: Measured, constraints: Constraints, worst: float) -> d
     """
     layers = measured.num_layers
     full = tuple(range(layers))
-    costs: dict[Group, float] = {}
-    for first in range(layers):
-        costs[first, first + 1] = 0.0
-        for end in range(first + 2, min(layers, first + constraints.apart) + 1):
-            if end - 1 in constraints.keep:
-                break
-            table = (*full[:first], *[first] * (end - first), *full[end:])
-            costs[first, end] = measured.difference(table, full).mean
-            if costs[first, end] > worst:
-                break
+    costs: dict[Group, float] = {(first, first + 1): 0.0 for first in range(layers)}
+    growing = list(range(layers))  # first layers of the groups that may be made longer
+    for length in range(2, constraints.apart + 1):
+        growing = [first for first in growing if _may_end_at(first + length, constraints)]
+        tables = {first: (*full[:first], *[first] * length, *full[first + length :]) for first in growing}
+        measured.prepare([full, *tables.values()] if tables else [])
+        for first, table in tables.items():
+            costs[first, first + length] = measured.difference(table, full).mean
+        growing = [first for first in growing if costs[first, first + length] <= worst]
     return costs
+
+
+def _may_end_at(end: int, constraints: Constraints) -> bool:
+    """Whether a group may take in the layer before ``end``."""
+    return end <= constraints.num_layers and end - 1 not in constraints.keep
 
 
 def cheapest_cuts(costs: Mapping[Group, float], num_layers: int) -> dict[int, tuple[int, ...]]:

@@ -22,6 +22,9 @@ def _better(
     measured: Measured, constraints: Constraints, current: tuple[int, ...], tries: int
 ) -> Iterator[tuple[int, ...]]:
     inside, outside = set(current), set(range(measured.num_layers)) - set(current)
+    measured.prepare_sets(
+        [inside - {layer} for layer in inside - constraints.keep] + [inside | {layer} for layer in outside]
+    )
     missed = {layer: measured.loss_of(inside - {layer}) for layer in inside - constraints.keep}
     gained = {layer: measured.loss_of(inside | {layer}) for layer in outside}
     swaps = sorted((missed[out] + gained[new], out, new) for out in missed for new in gained)
@@ -40,6 +43,7 @@ def with_free_sources(measured: Measured, table: Table) -> Table:
         if table[layer] == layer:
             continue
         offers = [(*table[:layer], owner, *table[layer + 1 :]) for owner in owners if owner < layer]
+        measured.prepare(offers)
         best = min(offers, key=measured.loss)
         if _is_better(measured, best, table):
             table = best

@@ -15,8 +15,16 @@ from skv_dist.parallel.run_batch import count_predictions, run_batch
 from skv_dist.routing import RoutePlan
 
 
+def shares_prefixes(run: RunConfig) -> bool:
+    """Whether layers that maps agree on run once for all of them: where each rank holds (its part of) all layers.
+
+    Pipeline stages measure one map after the other, through the schedule of a training step.
+    """
+    return run.parallel.pipeline == 1 and run.parallel.virtual_pipeline == 1
+
+
 class SequenceLosses:
-    """The summed loss of each sequence of some micro-batches under a map. Collective.
+    """The summed loss of each sequence of some micro-batches under maps. Collective.
 
     Args:
         batches: this replica's, on the device.
@@ -30,9 +38,23 @@ class SequenceLosses:
         self.counts = counts[self._counted]
         """Predictions that count in each sequence, float64 [n]."""
 
-    def __call__(self, table: Table) -> np.ndarray:
-        """float64 [n]."""
-        plans = [RoutePlan(table)] * len(self._batches)
+    def __call__(self, tables: Sequence[Table]) -> list[np.ndarray]:
+        """Of each map, float64 [n]."""
+        plans = [RoutePlan(table) for table in tables]
+        by_map = self._together(plans) if shares_prefixes(self._run) else [self._alone(plan) for plan in plans]
+        return [_over_replicas(sums)[self._counted] for sums in by_map]
+
+    def _together(self, plans: Sequence[RoutePlan]) -> list[torch.Tensor]:
+        """Of each map the sums of this replica's sequences, [m]."""
+        parts = [
+            self._engine.forward_plans(plans, batch.tokens, batch.labels, batch.loss_mask, batch.documents)
+            for batch in self._batches
+        ]
+        return list(torch.cat(parts, dim=-1))  # [plans, b] each -> [plans, m]
+
+    def _alone(self, plan: RoutePlan) -> torch.Tensor:
+        """The sums of this replica's sequences under one map, [m]."""
+        plans = [plan] * len(self._batches)
         outcome = run_batch(
             self._engine, self._run, self._batches, plans, num_predictions=self._num_predictions, train=False
         )
@@ -44,7 +66,7 @@ class SequenceLosses:
             sums = torch.empty(sum(batch.tokens.shape[0] for batch in self._batches), device=outcome.loss.device)
         if last:
             dist.broadcast(sums, dist.get_global_rank(group, last), group=group)
-        return _over_replicas(sums)[self._counted]
+        return sums
 
 
 def _over_replicas(values: torch.Tensor) -> np.ndarray:

@@ -85,11 +85,33 @@ class Engine(ABC):
         Raises:
             RuntimeError: the weights were not drawn, and not all of them were written since.
         """
+        self._check_weights()
+        batch = (tokens, labels, documents)
+        return self._call(self.model.run_chunk, index, plan, *batch, received, width, cache, teacher, gather)
+
+    @torch.no_grad()
+    def forward_plans(
+        self,
+        plans: Sequence[RoutePlan],
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        loss_mask: torch.Tensor,
+        documents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`LocalModel.run_plans`, without gradient or dropout. Where this rank holds the whole model.
+
+        Raises:
+            RuntimeError: see `forward`.
+        """
+        self._check_weights()
+        if self.model.training:  # eval() walks through all modules
+            self.model.eval()
+        return self._call(self.model.run_plans, plans, tokens, labels, loss_mask, documents)
+
+    def _check_weights(self) -> None:
         if self.unset:
             names = sorted(name for name, parameter in self.model.named() if parameter in self.unset)
             raise RuntimeError(f"{len(names)} parameters have no value yet, such as {names[0]}")
-        batch = (tokens, labels, documents)
-        return self._call(self.model.run_chunk, index, plan, *batch, received, width, cache, teacher, gather)
 
     def _call(self, function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
         """A method of the model, called through whatever must see every forward."""
