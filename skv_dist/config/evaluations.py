@@ -50,9 +50,8 @@ def check_questions(config: RunConfig) -> None:
         raise UserError(
             f"eval.questions: {error}, or leave eval.questions out and ask checkpoints by skv-eval questions"
         ) from error
-    if (
-        config.parallel.zero_stage == 3
-    ):  # whose weights are in no one place while it trains; checkpoints have none of it
+    # The weights of stage 3 are in no one place while it trains; a checkpoint is asked without sharding.
+    if config.parallel.zero_stage == 3:
         raise UserError(
             "eval.questions and parallel.zero_stage: 3 do not work together: set parallel.zero_stage=2, or leave "
             "eval.questions out and ask checkpoints by skv-eval questions"

@@ -1,6 +1,8 @@
 """Losses of one micro-batch under many route plans: layers that plans agree on run once for all of them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,54 +32,57 @@ def sums_of_plans(
     Returns:
         In nats, float32 [len(plans), b].
     """
-    return _Walk(chunk, plans, tokens, labels, loss_mask, documents).sums()
+    walk = _Walk(
+        chunk,
+        plans,
+        labels,
+        loss_mask,
+        rotary=chunk.rotary(tokens.shape[1], tokens.device),
+        mask=None if documents is None else document_mask(documents),
+        sums=torch.empty(len(plans), tokens.shape[0], device=tokens.device),
+    )
+    walk.descend(0, chunk.embed(tokens), {}, range(len(plans)))
+    return walk.sums
 
 
+@dataclass
 class _Walk:
     """Depth first through the tree of the plans, in which two of them part at the first layer where they differ.
 
     A hidden state, and the K/V that are still read, wait at each layer on the way where plans part: at no time more
     than there are layers.
+
+    Attributes:
+        sums: [plans, b], filled at the end of each branch.
     """
 
-    def __init__(
-        self,
-        chunk: RoutedChunk,
-        plans: Sequence[RoutePlan],
-        tokens: torch.Tensor,
-        labels: torch.Tensor,
-        loss_mask: torch.Tensor,
-        documents: torch.Tensor | None,
-    ) -> None:
-        self._chunk, self._plans = chunk, plans
-        self._tokens, self._labels, self._loss_mask = tokens, labels, loss_mask
-        self._mask = None if documents is None else document_mask(documents)
-        self._rotary = chunk.rotary(tokens.shape[1], tokens.device)
-        self._sums = torch.empty(len(plans), tokens.shape[0], device=tokens.device)  # [plans, b]
+    chunk: RoutedChunk
+    plans: Sequence[RoutePlan]
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    rotary: torch.Tensor
+    mask: Any
+    sums: torch.Tensor
 
-    def sums(self) -> torch.Tensor:
-        self._descend(0, self._chunk.embed(self._tokens), {}, range(len(self._plans)))
-        return self._sums
-
-    def _descend(self, number: int, hidden: torch.Tensor, live: LiveKV, members: Sequence[int]) -> None:
+    def descend(self, number: int, hidden: torch.Tensor, live: LiveKV, members: Sequence[int]) -> None:
         """Run the plans ``members``, which agree on all layers below ``number``, to their end.
 
         Args:
             hidden: what layer ``number`` takes in.
             live: K/V of layers below it.
         """
-        while number < self._chunk.num_layers:
+        while number < self.chunk.num_layers:
             branches = self._branches(number, members)
             if len(branches) > 1:
                 for step, branch in branches.items():
                     out, lent = self._run_layer(number, step, hidden, live, branch)
-                    self._descend(number + 1, out, lent, branch)
+                    self.descend(number + 1, out, lent, branch)
                 return
             (step,) = branches
             hidden, live = self._run_layer(number, step, hidden, live, members)
             number += 1
-        losses = self._chunk.head(hidden, self._labels, None, True)  # [b, s]
-        self._sums[list(members)] = (losses * self._loss_mask).sum(dim=-1)
+        losses = self.chunk.head(hidden, self.labels, None, True)  # [b, s]
+        self.sums[list(members)] = (losses * self.loss_mask).sum(dim=-1)
 
     def _branches(self, number: int, members: Sequence[int]) -> dict[Step, list[int]]:
         """The plans by what they make of a layer.
@@ -87,7 +92,7 @@ class _Walk:
         """
         branches: dict[Step, list[int]] = {}
         for member in members:
-            plan = self._plans[member]
+            plan = self.plans[member]
             source = plan.source(number)
             step = (source, source != number and plan.last_reader[number] > number)
             branches.setdefault(step, []).append(member)
@@ -99,8 +104,8 @@ class _Walk:
         """The hidden state behind a layer, and the K/V that any of ``members`` reads there or later."""
         source, _ = step
         borrowed = None if source == number else live[source]
-        last_reader = [max(readers) for readers in zip(*(self._plans[member].last_reader for member in members))]
+        last_reader = [max(readers) for readers in zip(*(self.plans[member].last_reader for member in members))]
         lends = last_reader[number] > number
-        hidden, own = self._chunk.run_layer(number, hidden, self._rotary, self._mask, borrowed, lends, None)
+        hidden, own = self.chunk.run_layer(number, hidden, self.rotary, self.mask, borrowed, lends, None)
         lent: dict[int, KV] = live if own is None else {**live, number: own}
         return hidden, {layer: kv for layer, kv in lent.items() if last_reader[layer] > number}

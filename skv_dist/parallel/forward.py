@@ -41,8 +41,7 @@ class Forward:
         Returns:
             None on other stages than the last.
         """
-        if self._engine.model.training:  # eval() walks through all modules
-            self._engine.model.eval()
+        self._engine.eval()
         # What is compiled is so for one length of sequence; here each batch has another.
         stance = torch.compiler.set_stance("force_eager") if self._run.train.compile else contextlib.nullcontext()
         with stance:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
+from skv_dist.data.batches import MicroBatch
 from skv_dist.model.adapter import add_adapters, is_adapter, plain_name
 from skv_dist.model.chunk import RoutedChunk
 from skv_dist.model.kv_cache import KvCache
@@ -77,17 +78,10 @@ class LocalModel(torch.nn.Module):
             out = self._packing.pack(out, live, plan.live_after(chunk.numbers.stop - 1), width)
         return out
 
-    def run_plans(
-        self,
-        plans: Sequence[RoutePlan],
-        tokens: torch.Tensor,
-        labels: torch.Tensor,
-        loss_mask: torch.Tensor,
-        documents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def run_plans(self, plans: Sequence[RoutePlan], batch: MicroBatch) -> torch.Tensor:
         """`sums_of_plans` of the one chunk of this rank, which holds the whole model."""
         (chunk,) = self.routed_chunks()
-        return sums_of_plans(chunk, plans, tokens, labels, loss_mask, documents)
+        return sums_of_plans(chunk, plans, batch.tokens, batch.labels, batch.loss_mask, batch.documents)
 
     def dot_with_embedding(self, gradient: torch.Tensor) -> torch.Tensor:
         """A scalar whose gradient by the embedding's weight [v, h] is ``gradient``, of the same shape."""

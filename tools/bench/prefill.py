@@ -12,9 +12,9 @@ and by how much less the first takes than the second, pair by pair. Bound: the s
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ from skv_dist.versions import package_versions
 from ..engines.models.modeling_skv import SkvConfig, SkvForCausalLM
 from ..vocabulary import vocab_size
 from .machine import heading, synchronize
+from .paired_row import SHARES, paired_row
 from .shapes import SHAPES, read_shape, run_config, with_vocabulary
 
-SHARES = (0.25, 0.5, 0.75)
 HEADER = (
     "| context | layers that trail | no sharing, ms | whole rows, ms | skipping, ms | saved by skipping | bound |\n"
     "|---|---|---|---|---|---|---|"
@@ -148,18 +148,8 @@ def rows(
         for context in contexts:
             tokens = torch.randint(0, vocab_size(shape), (1, context), device=device)
             cells = {"plain": plain, "whole": whole, "skipping": skipping}
-            for prefill in cells.values():
-                seconds(prefill, tokens)  # warm
-            taken: dict[str, list[float]] = {name: [] for name in cells}
-            for _ in range(turns):
-                for name, prefill in cells.items():
-                    taken[name].append(seconds(prefill, tokens))
-            saved = statistics.median(1 - a / b for a, b in zip(taken["skipping"], taken["whole"]))
-            times = " | ".join(f"{1000 * statistics.median(taken[name]):.1f}" for name in cells)
-            write(
-                f"| {context:,} | {trailing} of {shape.num_layers} | {times} | {saved:.1%} | "
-                f"{trailing / shape.num_layers:.1%} |"
-            )
+            timed = {name: partial(seconds, prefill, tokens) for name, prefill in cells.items()}
+            write(paired_row(context, trailing, shape.num_layers, timed, turns))
         del skipping, whole
 
 

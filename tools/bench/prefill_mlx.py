@@ -1,6 +1,6 @@
 """Time to first token in mlx-lm where the last layers all borrow; run with that engine's own Python.
 
-    PYTHONPATH=tools/engines/models mlx/bin/python tools/bench/prefill_mlx.py --contexts 256 512
+    mlx/bin/python -m tools.bench.prefill_mlx --contexts 256 512                       # in a checkout
 
 The exported model (`mlx_skv.py`) with random float32 weights, in `mlx_lm.generate.generate_step`. It feeds a prompt in
 chunks and evaluates the cache behind each. MLX computes what is evaluated and nothing else, so layers that add nothing
@@ -10,14 +10,16 @@ to the cache are not run over the prompt. "Whole rows" evaluates the logits of e
 
 import argparse
 import platform
-import statistics
 import time
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step
-from mlx_skv import Model, ModelArgs
+
+from ..engines.models.mlx_skv import Model, ModelArgs
+from .paired_row import SHARES, paired_row
 
 LAYERS, VOCABULARY = 16, 4096
 HEADER = (
@@ -79,23 +81,14 @@ def main() -> None:
     print(f"mlx {version('mlx')}, mlx-lm {version('mlx-lm')}, {platform.machine()}, CPU, {arguments.turns} turns\n")
     print(HEADER, flush=True)
     plain = build(0)
-    for trailing in (LAYERS // 4, LAYERS // 2, 3 * LAYERS // 4):
+    for share in SHARES:
+        trailing = round(share * LAYERS)
         model = build(trailing)
         cells = {"plain": plain, "whole": WholeRows(model), "skipping": model}
         for context in arguments.contexts:
             tokens = mx.random.randint(0, VOCABULARY, (context,))
-            for of in cells.values():
-                seconds(of, tokens)  # warm
-            taken: dict[str, list[float]] = {name: [] for name in cells}
-            for _ in range(arguments.turns):
-                for name, of in cells.items():
-                    taken[name].append(seconds(of, tokens))
-            saved = statistics.median(1 - a / b for a, b in zip(taken["skipping"], taken["whole"]))
-            times = " | ".join(f"{1000 * statistics.median(taken[name]):.1f}" for name in cells)
-            print(
-                f"| {context:,} | {trailing} of {LAYERS} | {times} | {saved:.1%} | {trailing / LAYERS:.1%} |",
-                flush=True,
-            )
+            timed = {name: partial(seconds, of, tokens) for name, of in cells.items()}
+            print(paired_row(context, trailing, LAYERS, timed, arguments.turns), flush=True)
 
 
 if __name__ == "__main__":

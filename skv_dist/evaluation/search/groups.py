@@ -24,8 +24,10 @@ def group_costs(measured: Measured, constraints: Constraints, worst: float) -> d
     growing = list(range(layers))  # first layers of the groups that may be made longer
     for length in range(2, constraints.apart + 1):
         growing = [first for first in growing if _may_end_at(first + length, constraints)]
+        if not growing:
+            break
         tables = {first: (*full[:first], *[first] * length, *full[first + length :]) for first in growing}
-        measured.prepare([full, *tables.values()] if tables else [])
+        measured.prepare([full, *tables.values()])
         for first, table in tables.items():
             costs[first, first + length] = measured.difference(table, full).mean
         growing = [first for first in growing if costs[first, first + length] <= worst]

@@ -20,7 +20,7 @@ def shares_prefixes(run: RunConfig) -> bool:
 
     Pipeline stages measure one map after the other, through the schedule of a training step.
     """
-    return run.parallel.pipeline == 1 and run.parallel.virtual_pipeline == 1
+    return run.parallel.pipeline == 1
 
 
 class SequenceLosses:
@@ -41,16 +41,16 @@ class SequenceLosses:
     def __call__(self, tables: Sequence[Table]) -> list[np.ndarray]:
         """Of each map, float64 [n]."""
         plans = [RoutePlan(table) for table in tables]
-        by_map = self._together(plans) if shares_prefixes(self._run) else [self._alone(plan) for plan in plans]
-        return [_over_replicas(sums)[self._counted] for sums in by_map]
+        if shares_prefixes(self._run):
+            sums = self._together(plans)
+        else:
+            sums = torch.stack([self._alone(plan) for plan in plans])
+        return list(_over_replicas(sums)[:, self._counted])
 
-    def _together(self, plans: Sequence[RoutePlan]) -> list[torch.Tensor]:
-        """Of each map the sums of this replica's sequences, [m]."""
-        parts = [
-            self._engine.forward_plans(plans, batch.tokens, batch.labels, batch.loss_mask, batch.documents)
-            for batch in self._batches
-        ]
-        return list(torch.cat(parts, dim=-1))  # [plans, b] each -> [plans, m]
+    def _together(self, plans: Sequence[RoutePlan]) -> torch.Tensor:
+        """The sums of this replica's sequences under each map, [plans, m]."""
+        parts = [self._engine.forward_plans(plans, batch) for batch in self._batches]
+        return torch.cat(parts, dim=-1)
 
     def _alone(self, plan: RoutePlan) -> torch.Tensor:
         """The sums of this replica's sequences under one map, [m]."""
@@ -70,8 +70,8 @@ class SequenceLosses:
 
 
 def _over_replicas(values: torch.Tensor) -> np.ndarray:
-    """The values [m] of all replicas, one behind the other: float64 [replicas * m]."""
+    """The values [..., m] of all replicas, one behind the other: float64 [..., replicas * m]."""
     group = parallel_state.get_data_parallel_group()
     parts = [torch.empty_like(values) for _ in range(group.size())]
     dist.all_gather(parts, values.contiguous(), group=group)
-    return torch.cat(parts).double().cpu().numpy()
+    return torch.cat(parts, dim=-1).double().cpu().numpy()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from skv_dist.data.batches import MicroBatch
 from skv_dist.model.kv_cache import KvCache
 from skv_dist.parallel.engines.optimizer import GuardedAdamW, Update
 from skv_dist.parallel.engines.tied import TiedHead
@@ -90,23 +91,20 @@ class Engine(ABC):
         return self._call(self.model.run_chunk, index, plan, *batch, received, width, cache, teacher, gather)
 
     @torch.no_grad()
-    def forward_plans(
-        self,
-        plans: Sequence[RoutePlan],
-        tokens: torch.Tensor,
-        labels: torch.Tensor,
-        loss_mask: torch.Tensor,
-        documents: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward_plans(self, plans: Sequence[RoutePlan], batch: MicroBatch) -> torch.Tensor:
         """`LocalModel.run_plans`, without gradient or dropout. Where this rank holds the whole model.
 
         Raises:
             RuntimeError: see `forward`.
         """
         self._check_weights()
+        self.eval()
+        return self._call(self.model.run_plans, plans, batch)
+
+    def eval(self) -> None:
+        """No dropout and no recomputation from here on."""
         if self.model.training:  # eval() walks through all modules
             self.model.eval()
-        return self._call(self.model.run_plans, plans, tokens, labels, loss_mask, documents)
 
     def _check_weights(self) -> None:
         if self.unset:

@@ -10,7 +10,9 @@ import torch
 from skv_tools.engines.models.modeling_skv import SkvConfig, SkvForCausalLM
 from transformers import DynamicCache, StaticCache
 
-LAYERS, LENGTH = 8, 24
+from tests.tools.small_model import LAYERS, SHAPE, VOCABULARY
+
+LENGTH = 24
 MAPS = {
     "a quarter trails": (0, 1, 2, 3, 4, 5, 5, 5),
     "half trails": (0, 1, 2, 3, 3, 3, 2, 1),
@@ -23,19 +25,10 @@ MAPS = {
 def model(sources: tuple[int, ...], attention: str = "sdpa", **fields: Any) -> Any:
     torch.manual_seed(3)
     config = SkvConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=64,
         initializer_range=0.2,  # so that attention is sharp
-        qk_norm=True,
         kv_source_layers=list(sources),
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         attn_implementation=attention,
+        **SHAPE,
         **fields,
     )
     return SkvForCausalLM(config).eval()
@@ -59,7 +52,7 @@ def expected_rows(sources: tuple[int, ...], rows: int, length: int = LENGTH) -> 
 
 
 def tokens(length: int = LENGTH) -> torch.Tensor:
-    return torch.randint(0, 97, (2, length), generator=torch.Generator().manual_seed(5))
+    return torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -13,9 +13,10 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_lm.generate import BatchGenerator, generate_step  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
+from tests.tools.small_model import LAYERS, SHAPE, VOCABULARY  # noqa: E402
 from tools.engines.models.mlx_skv import Model, ModelArgs  # noqa: E402
 
-LAYERS, LENGTH, NEW = 8, 24, 6
+LENGTH, NEW = 24, 6
 MAPS = {
     "a quarter trails": [0, 1, 2, 3, 4, 5, 5, 5],
     "half trails": [0, 1, 2, 3, 3, 3, 2, 1],
@@ -31,19 +32,10 @@ def model(sources: list[int], **fields: Any) -> Model:
     made = Model(
         ModelArgs(
             model_type="skv",
-            vocab_size=97,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
             rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-            max_position_embeddings=64,
             tie_word_embeddings=False,
-            qk_norm=True,
             kv_source_layers=sources,
+            **SHAPE,
             **fields,
         )
     )
@@ -52,7 +44,7 @@ def model(sources: list[int], **fields: Any) -> Model:
 
 
 def tokens() -> Any:
-    return mx.random.randint(0, 97, (LENGTH,), key=mx.random.key(5))
+    return mx.random.randint(0, VOCABULARY, (LENGTH,), key=mx.random.key(5))
 
 
 def log_probs(logits: Any) -> Any:

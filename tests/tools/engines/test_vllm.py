@@ -17,7 +17,8 @@ from skv_tools.engines.models import modeling_skv
 from skv_tools.engines.models.vllm_model import _check_skipping
 from vllm.config import CUDAGraphMode
 
-LAYERS = 8
+from tests.tools.small_model import LAYERS, SHAPE
+
 SKIPS = {"kv_sharing_fast_prefill": True}
 MAPS = {
     "half trails": [0, 1, 2, 3, 3, 3, 2, 1],
@@ -33,18 +34,9 @@ def export(folder: Path, sources: list[int], **fields: Any) -> Path:
 
     torch.manual_seed(3)
     config = modeling_skv.SkvConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,  # the narrowest that vLLM has on CPUs
-        max_position_embeddings=64,
+        **SHAPE | {"head_dim": 32},  # the narrowest that vLLM has on CPUs
         initializer_range=0.2,
-        qk_norm=True,
         kv_source_layers=sources,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         **fields,
     )
     modeling_skv.SkvForCausalLM(config).save_pretrained(folder)
