@@ -91,7 +91,7 @@ def search_layers(argv: list[str]) -> int:
 
     world = groups.start(run.parallel)
     engine = frozen_model(run, arguments.checkpoint, world)
-    progress = _progress(arguments, run)
+    progress = _progress(arguments, run, world)
     seen, unseen = _measured(arguments, run, world, engine, progress)
     result = search(seen, arguments.budgets, constraints, free_sources=arguments.free_sources)
     content = _content(arguments, run, result, seen, unseen, constraints.keep)
@@ -115,7 +115,7 @@ def search_layers(argv: list[str]) -> int:
     return 0
 
 
-def _progress(arguments: argparse.Namespace, run: RunConfig) -> "Progress | None":
+def _progress(arguments: argparse.Namespace, run: RunConfig, world: "World") -> "Progress | None":
     """Where measured maps are noted: beside the file that was asked for, unless that is a pipe or a terminal."""
     import hashlib
 
@@ -125,7 +125,8 @@ def _progress(arguments: argparse.Namespace, run: RunConfig) -> "Progress | None
 
     if arguments.json is None or (arguments.json.exists() and not arguments.json.is_file()):
         return None
-    measured_on = f"{digest(arguments.checkpoint / MANIFEST)['sha256']}\n{dump_config(run)}"
+    # The replicas too: what they share out comes in another order with another number of them.
+    measured_on = f"{digest(arguments.checkpoint / MANIFEST)['sha256']}\n{world.data_size}\n{dump_config(run)}"
     identity = hashlib.sha256(measured_on.encode()).hexdigest()
     return Progress(arguments.json.with_name(f"{arguments.json.name}.partial"), identity)
 
@@ -157,16 +158,16 @@ def _measured(
     for title, first in (("search", 0), ("check", run.eval.samples)):
         losses = SequenceLosses(engine, run, evaluation_batches(run, world, samples, first))
         before = known.get(title, {})
-        bar = tqdm(desc=title, unit="map", initial=len(before), disable=not world.is_first)
+        bar = tqdm(desc=title, unit="sequence", initial=sum(map(len, before.values())), disable=not world.is_first)
 
         def measure(
-            tables: Sequence[Table], title: str = title, losses: SequenceLosses = losses, bar: Any = bar
+            tables: Sequence[Table], part: int, title: str = title, losses: SequenceLosses = losses, bar: Any = bar
         ) -> Any:
-            found = losses(tables)
+            found = losses(tables, part)
             for table, sums in zip(tables, found, strict=True):
                 if progress is not None:
                     progress.note(title, table, sums)
-                bar.update(1)
+                bar.update(len(sums))
             return found
 
         both.append(Measured(run.model.num_layers, measure, losses.counts, before))
@@ -193,7 +194,8 @@ def _content(
         "fingerprint": digest(arguments.checkpoint / MANIFEST)["sha256"],
         "software": software(),
         "sequences": len(seen.sums(full)),
-        "maps_measured": seen.num_measured,
+        "maps_measured": seen.num_measured(),
+        "maps_measured_on_all": seen.num_measured(seen.num_parts),
         "order": list(result.order),
         "order_holds_from": result.fewest,
         "full": {"loss": unseen.loss(full), "error": unseen.error(full)},

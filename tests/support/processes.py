@@ -5,6 +5,7 @@ forked from a server of `multiprocessing`, which has imported `tests.support.pre
 """
 
 import contextlib
+import faulthandler
 import importlib
 import itertools
 import multiprocessing
@@ -22,6 +23,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+# Seconds after which whatever a test waits for hangs. Nothing takes a tenth of it, even on a machine ten times slower.
+HANGS_AFTER = 400
 PRELOAD = "tests.support.preload"
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([PRELOAD])
@@ -103,8 +106,13 @@ class Command:
         return self._process.exitcode
 
     def wait(self) -> int:
-        self._process.join()
-        assert self.returncode is not None
+        """Its exit status; an error that says where it hangs, if it does."""
+        self._process.join(HANGS_AFTER)
+        if self.returncode is None:
+            self.send_signal(signal.SIGUSR1)
+            self._process.join(5)  # to write its stacks
+            self.send_signal(signal.SIGKILL)
+            raise TimeoutError(f"no end within {HANGS_AFTER} s:\n{self.printed}")
         return self.returncode
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -127,6 +135,7 @@ def _run(
     os.environ.update(environment)
     for number, descriptor in enumerate(descriptors, start=1):
         os.dup2(descriptor, number)
+    faulthandler.register(signal.SIGUSR1, file=descriptors[0], all_threads=True)
     sys.argv = [module, *arguments]
     if first is not None:
         first()

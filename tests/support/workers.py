@@ -13,10 +13,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from tests.support.processes import fork, free_port, pipe, places
+from tests.support.processes import HANGS_AFTER, fork, free_port, pipe, places
 
-# Seconds without any answer after which a job hangs. No job takes a tenth of it, even on a machine ten times slower.
-HANGS_AFTER = 900
 GRACE = 60  # for the others, once one has failed: they may wait for it in a collective
 MOST_THREADS = 400
 

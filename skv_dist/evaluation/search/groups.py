@@ -1,7 +1,8 @@
 """A first set for every budget at once: the cost of each group of layers, and the best way to cut the model into some.
 
-The cost of a group is measured alone, with the full cache everywhere else; that costs of groups add up is an assumption
-which `skv_dist.evaluation.search.refine` makes good.
+The cost of a group is measured alone, with the full cache everywhere else, and on the first part of the sequences: a
+first set need not be the best one. That costs of groups add up is an assumption. `skv_dist.evaluation.search.refine`
+makes good for both.
 """
 
 from collections.abc import Mapping
@@ -27,9 +28,9 @@ def group_costs(measured: Measured, constraints: Constraints, worst: float) -> d
         if not growing:
             break
         tables = {first: (*full[:first], *[first] * length, *full[first + length :]) for first in growing}
-        measured.prepare([full, *tables.values()])
+        measured.prepare([full, *tables.values()], parts=1)
         for first, table in tables.items():
-            costs[first, first + length] = measured.difference(table, full).mean
+            costs[first, first + length] = measured.difference(table, full, parts=1).mean
         growing = [first for first in growing if costs[first, first + length] <= worst]
     return costs
 

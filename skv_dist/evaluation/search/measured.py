@@ -1,6 +1,10 @@
-"""Losses of sharing maps on the same sequences, each measured once, and their differences with an error."""
+"""Losses of sharing maps on the same sequences, each measured once, and their differences with an error.
+
+The sequences come in parts. A map is measured on as many of them as it takes to tell it from a better one.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +14,7 @@ from skv_dist.routing import map_from_cached_layers
 Table = tuple[int, ...]
 
 _ROUND = 16  # maps measured at once: what an interruption loses
+_SURE = 3.0  # standard errors by which a map must be behind another to be given up before all sequences are measured
 
 
 class Difference(NamedTuple):
@@ -23,68 +28,89 @@ class Measured:
     """The loss of maps, in nats per prediction that counts.
 
     Args:
-        measure: gives the summed loss of each sequence under each of some maps, float64 [n]; called once for each map.
-        counts: predictions that count in each sequence, [n].
-        known: what was measured before.
+        measure: gives the summed loss of each sequence of a part under each of some maps, float64 [n]; called once for
+            each map and part.
+        counts: predictions that count in each sequence, [n] for each part.
+        known: what was measured before: of each map, the sequences of its first parts.
     """
 
     def __init__(
         self,
         num_layers: int,
-        measure: Callable[[Sequence[Table]], Sequence[np.ndarray]],
-        counts: np.ndarray,
+        measure: Callable[[Sequence[Table], int], Sequence[np.ndarray]],
+        counts: Sequence[np.ndarray],
         known: Mapping[Table, np.ndarray] | None = None,
     ) -> None:
         self.num_layers = num_layers
-        self._measure, self._counts = measure, np.asarray(counts, dtype=np.float64)
+        self._measure = measure
+        self._counts = np.concatenate(counts).astype(np.float64)
+        self._ends = list(accumulate(map(len, counts)))  # sequences of the first parts together
         self._sums = dict(known or {})
 
     @property
-    def num_measured(self) -> int:
-        return len(self._sums)
+    def num_parts(self) -> int:
+        return len(self._ends)
 
-    def prepare(self, tables: Iterable[Table]) -> None:
-        """Measure those of some maps that were not yet. Together they take less time than one by one: what maps agree
-        on from layer 0 up is computed once.
+    def num_measured(self, parts: int = 1) -> int:
+        """Maps that were measured on so many parts or more."""
+        return sum(len(sums) >= self._ends[parts - 1] for sums in self._sums.values())
+
+    def prepare(self, tables: Iterable[Table], parts: int | None = None) -> None:
+        """Measure those of some maps that were not yet, on the first ``parts``, or all. Together they take less time
+        than one by one: what maps agree on from layer 0 up is computed once.
         """
-        new = sorted(set(tables) - self._sums.keys())  # side by side those that agree on the most layers
-        for begin in range(0, len(new), _ROUND):
-            part = new[begin : begin + _ROUND]
-            for table, sums in zip(part, self._measure(part), strict=True):
-                self._sums[table] = np.asarray(sums, dtype=np.float64)
+        wanted = set(tables)
+        for part, end in enumerate(self._ends[:parts]):
+            # Side by side those that agree on the most layers.
+            new = sorted(table for table in wanted if len(self._sums.get(table, ())) < end)
+            for begin in range(0, len(new), _ROUND):
+                together = new[begin : begin + _ROUND]
+                for table, sums in zip(together, self._measure(together, part), strict=True):
+                    self._sums[table] = np.concatenate([self._sums.get(table, ()), sums])
 
-    def prepare_sets(self, sets: Iterable[Iterable[int]]) -> None:
-        """`prepare` for the maps in which these layers keep a cache."""
-        self.prepare(self.table_of(layers) for layers in sets)
+    def best(self, tables: Iterable[Table]) -> Table:
+        """The map with the least loss, found by a race (Maron & Moore 1994): behind each part those drop out which
+        are behind the leader by more than three standard errors.
+        """
+        left = sorted(set(tables))
+        for parts in range(1, self.num_parts + 1):
+            self.prepare(left, parts)
+            leader = min(left, key=lambda table: self.loss(table, parts))
+            gaps = [self.difference(table, leader, parts) for table in left]
+            left = [table for table, gap in zip(left, gaps, strict=True) if gap.mean <= _SURE * gap.error]
+            if len(left) == 1:
+                break
+        return leader
 
-    def sums(self, table: Table) -> np.ndarray:
-        """Summed loss of each sequence, float64 [n]."""
-        self.prepare([table])
-        return self._sums[table]
+    def sums(self, table: Table, parts: int | None = None) -> np.ndarray:
+        """Summed loss of each sequence of the first ``parts``, or of all, float64 [n]."""
+        self.prepare([table], parts)
+        return self._sums[table][: self._ends[-1 if parts is None else parts - 1]]
 
-    def loss(self, table: Table) -> float:
-        return float(self.sums(table).sum() / self._counts.sum())
+    def loss(self, table: Table, parts: int | None = None) -> float:
+        sums = self.sums(table, parts)
+        return float(sums.sum() / self._counts[: len(sums)].sum())
 
     def error(self, table: Table) -> float:
         """Standard error of `loss` over sequences."""
         return self._error(self.sums(table))
 
-    def difference(self, table: Table, other: Table) -> Difference:
+    def difference(self, table: Table, other: Table, parts: int | None = None) -> Difference:
         """Paired: what both maps find hard in a sequence cancels."""
-        gaps = self.sums(table) - self.sums(other)
-        return Difference(float(gaps.sum() / self._counts.sum()), self._error(gaps))
+        gaps = self.sums(table, parts) - self.sums(other, parts)
+        return Difference(float(gaps.sum() / self._counts[: len(gaps)].sum()), self._error(gaps))
 
     def _error(self, sums: np.ndarray) -> float:
         """Standard error of a ratio of sums, of which the sequences are the sample."""
-        n, total = len(sums), self._counts.sum()
+        n, counts = len(sums), self._counts[: len(sums)]
         if n < 2:
             return float("inf")
-        residuals = sums - sums.sum() / total * self._counts
-        return float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / total)
+        residuals = sums - sums.sum() / counts.sum() * counts
+        return float(np.sqrt(n / (n - 1) * (residuals**2).sum()) / counts.sum())
 
     def table_of(self, layers: Iterable[int]) -> Table:
         """The map in which ``layers`` keep a cache, by the deployment rule."""
         return map_from_cached_layers(self.num_layers, layers)
 
-    def loss_of(self, layers: Iterable[int]) -> float:
-        return self.loss(self.table_of(layers))
+    def loss_of(self, layers: Iterable[int], parts: int | None = None) -> float:
+        return self.loss(self.table_of(layers), parts)

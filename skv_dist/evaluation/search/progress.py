@@ -14,7 +14,7 @@ Sums = dict[Table, np.ndarray]
 
 
 class Progress:
-    """A file of one JSON object a line: first what was searched, then each map with its sums.
+    """A file of one JSON object a line: first what was searched, then each map with its sums as they come.
 
     Args:
         identity: of checkpoint, sequences and configuration. What is noted of others is not used, and written over.
@@ -25,7 +25,7 @@ class Progress:
         self._stream: IO[str] | None = None
 
     def read(self) -> dict[str, Sums]:
-        """Summed losses of each sequence by part of the search and map. A line that was cut off ends it."""
+        """Summed losses of each sequence by stage of the search and map. A line that was cut off ends it."""
         found: dict[str, Sums] = {}
         try:
             first, *lines = self.file.read_text(encoding="utf-8").splitlines()
@@ -34,7 +34,8 @@ class Progress:
             for line in lines:
                 entry = json.loads(line)
                 sums = np.asarray(entry["sums"], dtype=np.float64)
-                found.setdefault(str(entry["part"]), {})[tuple(map(int, entry["map"]))] = sums
+                known, table = found.setdefault(str(entry["stage"]), {}), tuple(map(int, entry["map"]))
+                known[table] = np.concatenate([known.get(table, ()), sums])
         except (OSError, ValueError, TypeError, KeyError):
             pass
         return found
@@ -46,7 +47,7 @@ class Progress:
             UserError: it cannot be written.
         """
         known = self.read()
-        entries = [_entry(part, table, sums) for part, tables in known.items() for table, sums in tables.items()]
+        entries = [_entry(stage, table, sums) for stage, tables in known.items() for table, sums in tables.items()]
         try:
             replace_text(
                 self.file, "".join(json.dumps(entry) + "\n" for entry in [{"identity": self._identity}, *entries])
@@ -56,12 +57,14 @@ class Progress:
             raise UserError(f"cannot write {self.file}: {error.strerror}") from error
         return known
 
-    def note(self, part: str, table: Table, sums: np.ndarray) -> None:
-        """Where the file cannot be written any more, this says so once, and the search goes on without."""
+    def note(self, stage: str, table: Table, sums: np.ndarray) -> None:
+        """The losses of some sequences of a map, those behind the ones that were noted before. Where the file cannot be
+        written any more, this says so once, and the search goes on without.
+        """
         if self._stream is None:
             return
         try:
-            self._stream.write(json.dumps(_entry(part, table, sums)) + "\n")
+            self._stream.write(json.dumps(_entry(stage, table, sums)) + "\n")
             self._stream.flush()
         except OSError as error:
             self._stream = None
@@ -74,5 +77,5 @@ class Progress:
             self.file.unlink(missing_ok=True)
 
 
-def _entry(part: str, table: Table, sums: np.ndarray) -> dict[str, Any]:
-    return {"part": part, "map": table, "sums": sums.tolist()}
+def _entry(stage: str, table: Table, sums: np.ndarray) -> dict[str, Any]:
+    return {"stage": stage, "map": table, "sums": sums.tolist()}

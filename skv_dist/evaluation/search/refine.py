@@ -1,37 +1,37 @@
 """A set made better by swaps, and sharers that choose their owner."""
 
-from collections.abc import Iterator
-
 from skv_dist.evaluation.search.constraints import Constraints
 from skv_dist.evaluation.search.measured import Measured, Table
 
 
-def swapped(measured: Measured, constraints: Constraints, layers: tuple[int, ...], tries: int = 8) -> tuple[int, ...]:
-    """The set with layers exchanged, one for another, as long as that lowers the loss by more than its standard error.
+def swapped(measured: Measured, constraints: Constraints, current: Table, tries: int = 8) -> Table:
+    """The map with owners exchanged, one for another layer, as long as that lowers the loss by more than its standard
+    error.
 
-    Which swaps to try is told by what each layer in the set is worth alone, and each one outside: the ``tries`` most
-    promising sums are measured.
+    Which swaps to try is told by what each layer in the set is worth alone, and each one outside, on the first part of
+    the sequences: the best of the ``tries`` most promising ones is taken.
     """
-    current = tuple(sorted(layers))
-    while (better := next(_better(measured, constraints, current, tries), None)) is not None:
-        current = better
-    return current
+    while True:
+        best = measured.best([current, *_offers(measured, constraints, current, tries)])
+        if not _is_better(measured, best, current):
+            return current
+        current = best
 
 
-def _better(
-    measured: Measured, constraints: Constraints, current: tuple[int, ...], tries: int
-) -> Iterator[tuple[int, ...]]:
-    inside, outside = set(current), set(range(measured.num_layers)) - set(current)
-    measured.prepare_sets(
-        [inside - {layer} for layer in inside - constraints.keep] + [inside | {layer} for layer in outside]
+def _offers(measured: Measured, constraints: Constraints, current: Table, tries: int) -> list[Table]:
+    """The maps behind the most promising swaps."""
+    inside = set(current)
+    outside = set(range(measured.num_layers)) - inside
+    fewer = {layer: measured.table_of(inside - {layer}) for layer in inside - constraints.keep}
+    more = {layer: measured.table_of(inside | {layer}) for layer in outside}
+    measured.prepare([*fewer.values(), *more.values()], parts=1)
+    swaps = sorted(
+        (measured.loss(less, parts=1) + measured.loss(with_it, parts=1), out, new)
+        for out, less in fewer.items()
+        for new, with_it in more.items()
     )
-    missed = {layer: measured.loss_of(inside - {layer}) for layer in inside - constraints.keep}
-    gained = {layer: measured.loss_of(inside | {layer}) for layer in outside}
-    swaps = sorted((missed[out] + gained[new], out, new) for out in missed for new in gained)
-    for _, out, new in swaps[:tries]:
-        offer = tuple(sorted((inside - {out}) | {new}))
-        if constraints.allow(offer) and _is_better(measured, measured.table_of(offer), measured.table_of(current)):
-            yield offer
+    sets = [(inside - {out}) | {new} for _, out, new in swaps[:tries]]
+    return [measured.table_of(each) for each in sets if constraints.allow(each)]
 
 
 def with_free_sources(measured: Measured, table: Table) -> Table:
@@ -42,9 +42,7 @@ def with_free_sources(measured: Measured, table: Table) -> Table:
     for layer in reversed(range(len(table))):
         if table[layer] == layer:
             continue
-        offers = [(*table[:layer], owner, *table[layer + 1 :]) for owner in owners if owner < layer]
-        measured.prepare(offers)
-        best = min(offers, key=measured.loss)
+        best = measured.best((*table[:layer], owner, *table[layer + 1 :]) for owner in owners if owner < layer)
         if _is_better(measured, best, table):
             table = best
     return table

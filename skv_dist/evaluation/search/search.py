@@ -76,13 +76,13 @@ def search(
     cuts = cheapest_cuts(group_costs(measured, constraints, _WORST_GROUP), measured.num_layers)
     found = []
     for budget, size in wanted.items():
-        starts = {tuple(sorted(order[:size]))} if size >= fewest else set()
+        starts = {measured.table_of(order[:size])} if size >= fewest else set()
         if size in cuts and constraints.allow(cuts[size]):
-            starts.add(cuts[size])
+            starts.add(measured.table_of(cuts[size]))
         if not starts:
             raise UserError(f"no set of {size} layers was found that --keep, --apart and --stages allow")
-        refined = {swapped(measured, constraints, start) for start in starts}
-        layers = min(refined, key=lambda each: (measured.loss_of(each), each))
-        table = measured.table_of(layers)
-        found.append(Found(budget, layers, with_free_sources(measured, table) if free_sources else table))
+        table = measured.best(swapped(measured, constraints, start) for start in starts)
+        if free_sources:
+            table = with_free_sources(measured, table)
+        found.append(Found(budget, tuple(sorted(set(table))), table))
     return Result(found, order, fewest)

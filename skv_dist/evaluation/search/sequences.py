@@ -23,50 +23,60 @@ def shares_prefixes(run: RunConfig) -> bool:
     return run.parallel.pipeline == 1
 
 
+_FEWEST = 4  # sequences in the first part, so that a difference has an error
+
+
 class SequenceLosses:
     """The summed loss of each sequence of some micro-batches under maps. Collective.
+
+    The sequences come in parts: a few, then as many again as came before, until none is left.
 
     Args:
         batches: this replica's, on the device.
     """
 
     def __init__(self, engine: Engine, run: RunConfig, batches: Sequence[MicroBatch]) -> None:
-        self._engine, self._run, self._batches = engine, run, batches
+        self._engine, self._run = engine, run
         self._num_predictions = count_predictions(batches)
-        counts = _over_replicas(torch.cat([batch.loss_mask.sum(dim=-1) for batch in batches]))
-        self._counted = counts > 0  # micro-batches are filled up with samples that do not count
-        self.counts = counts[self._counted]
-        """Predictions that count in each sequence, float64 [n]."""
+        group = run.parallel.pipeline if run.parallel.virtual_pipeline > 1 else 1  # what the interleaved schedule takes
+        together = batches[0].loss_mask.shape[0] * parallel_state.get_data_parallel_world_size() * group
+        ends = _doubling(len(batches), group * -(-_FEWEST // together))
+        self._parts = [batches[begin:end] for begin, end in zip([0, *ends], ends)]
+        counts = [_over_replicas(torch.cat([batch.loss_mask.sum(dim=-1) for batch in part])) for part in self._parts]
+        self._counted = [part > 0 for part in counts]  # micro-batches are filled up with samples that do not count
+        self.counts = [part[counted] for part, counted in zip(counts, self._counted)]
+        """Predictions that count in each sequence of each part, float64 [n]."""
 
-    def __call__(self, tables: Sequence[Table]) -> list[np.ndarray]:
+    def __call__(self, tables: Sequence[Table], part: int) -> list[np.ndarray]:
         """Of each map, float64 [n]."""
-        plans = [RoutePlan(table) for table in tables]
+        plans, batches = [RoutePlan(table) for table in tables], self._parts[part]
         if shares_prefixes(self._run):
-            sums = self._together(plans)
+            sums = torch.cat([self._engine.forward_plans(plans, batch) for batch in batches], dim=-1)
         else:
-            sums = torch.stack([self._alone(plan) for plan in plans])
-        return list(_over_replicas(sums)[:, self._counted])
+            sums = torch.stack([self._alone(plan, batches) for plan in plans])
+        return list(_over_replicas(sums)[:, self._counted[part]])
 
-    def _together(self, plans: Sequence[RoutePlan]) -> torch.Tensor:
-        """The sums of this replica's sequences under each map, [plans, m]."""
-        parts = [self._engine.forward_plans(plans, batch) for batch in self._batches]
-        return torch.cat(parts, dim=-1)
-
-    def _alone(self, plan: RoutePlan) -> torch.Tensor:
+    def _alone(self, plan: RoutePlan, batches: Sequence[MicroBatch]) -> torch.Tensor:
         """The sums of this replica's sequences under one map, [m]."""
-        plans = [plan] * len(self._batches)
-        outcome = run_batch(
-            self._engine, self._run, self._batches, plans, num_predictions=self._num_predictions, train=False
-        )
+        plans = [plan] * len(batches)
+        outcome = run_batch(self._engine, self._run, batches, plans, num_predictions=self._num_predictions, train=False)
         group = parallel_state.get_pipeline_model_parallel_group()
         last = group.size() - 1
         if parallel_state.get_pipeline_model_parallel_rank() == last:
             sums = torch.cat(outcome.sums)
         else:
-            sums = torch.empty(sum(batch.tokens.shape[0] for batch in self._batches), device=outcome.loss.device)
+            sums = torch.empty(sum(batch.tokens.shape[0] for batch in batches), device=outcome.loss.device)
         if last:
             dist.broadcast(sums, dist.get_global_rank(group, last), group=group)
         return sums
+
+
+def _doubling(whole: int, first: int) -> list[int]:
+    """``first``, twice that, and so on, up to the whole."""
+    ends = [min(first, whole)]
+    while ends[-1] < whole:
+        ends.append(min(2 * ends[-1], whole))
+    return ends
 
 
 def _over_replicas(values: torch.Tensor) -> np.ndarray:

@@ -34,7 +34,20 @@ def losses_of_maps(settings: dict[str, Any], tables: Sequence[tuple[int, ...]]) 
         for layer in (layer for chunk in engine.model.routed_chunks() for layer in chunk.routed_layers()):
             layer.register_forward_pre_hook(count)
         assert shares_prefixes(run) == (run.parallel.pipeline == 1)
-        found = {"together": np.stack(losses(tables)), "runs_together": runs[0] / len(batches)}
-        runs[0] = 0
-        alone = [_over_replicas(losses._alone(RoutePlan(table)))[losses._counted] for table in tables]
-        return {**found, "alone": np.stack(alone), "runs_alone": runs[0] / len(batches)}
+        together = np.hstack([losses(tables, part) for part in range(len(losses.counts))])
+        runs_together, runs[0] = runs[0], 0
+        alone = [
+            np.concatenate(
+                [
+                    _over_replicas(losses._alone(RoutePlan(table), part))[counted]
+                    for part, counted in zip(losses._parts, losses._counted, strict=True)
+                ]
+            )
+            for table in tables
+        ]
+        return {
+            "together": together,
+            "alone": np.stack(alone),
+            "runs_together": runs_together / len(batches),
+            "runs_alone": runs[0] / len(batches),
+        }
