@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from skv_dist.commands import maps
 from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.commands.entry_point import entry_point
-from skv_dist.config.evaluations import check_decodable
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 from skv_dist.routing import RoutePlan
@@ -33,7 +32,11 @@ def _parser() -> ArgumentParser:
     maps.add_arguments(parser)
     maps.add_data(parser)
     parser.add_argument("--samples", type=int, help="validation sequences to use (default: eval.samples)")
-    parser.add_argument("--prompt", help="sample text that goes on from here, under each map")
+    parser.add_argument(
+        "--prompt",
+        help="sample text that goes on from here, under each map; losses are then measured only where --samples, "
+        "--data or --json asks for them",
+    )
     parser.add_argument("--new-tokens", type=int, default=200, help="length of sampled text (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
     return parser
@@ -73,12 +76,12 @@ def main(argv: list[str]) -> int:
     tokenizer = tokenizer_of(arguments.checkpoint, run.data.tokenizer)
     world = groups.start(run.parallel)
     engine = frozen_model(run, arguments.checkpoint, world)
-    validation = validation_samples(arguments.checkpoint, run)
     losses: dict[str, float] = {}
-    if validation is not None:
+    if arguments.prompt is None or any((arguments.samples, arguments.data, arguments.json)):
+        validation = validation_samples(arguments.checkpoint, run)
+        if validation is None:
+            raise nothing_held_out(arguments.checkpoint)
         losses = sweep(engine, run, evaluation_batches(run, world, validation), plans, validation.names)
-    elif arguments.prompt is None:
-        raise nothing_held_out(arguments.checkpoint)
     for name, plan in plans.items():
         if world.is_first and losses:
             print(_lines(name, plan, losses))
@@ -94,10 +97,7 @@ def _configuration(arguments: argparse.Namespace) -> RunConfig:
     if arguments.new_tokens < 1 or arguments.temperature < 0:
         raise UserError("--new-tokens must be at least 1 and --temperature at least 0")
     asked = [] if arguments.samples is None else [f"eval.samples={arguments.samples}"]
-    run = maps.configuration(arguments, asked)
-    if arguments.prompt is not None:
-        check_decodable(run)
-    return run
+    return maps.configuration(arguments, asked)
 
 
 def _lines(name: str, plan: RoutePlan, losses: dict[str, float]) -> str:

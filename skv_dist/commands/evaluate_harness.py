@@ -9,7 +9,6 @@ from typing import Any
 from skv_dist import __version__
 from skv_dist.commands import maps
 from skv_dist.commands.arguments import ArgumentParser
-from skv_dist.config.evaluations import check_decodable
 from skv_dist.errors import UserError
 
 _CURE = "pip install 'skv-dist[harness]'"
@@ -57,7 +56,6 @@ def evaluate_harness(argv: list[str]) -> int:
     from skv_dist.evaluation.questions import cache_bytes_per_token
     from skv_dist.parallel.processes import groups
 
-    check_decodable(run)
     plans = {name.removeprefix("loss@"): plan for name, plan in maps.plans(arguments, run).items()}
     tokenizer = tokenizer_of(arguments.checkpoint, run.data.tokenizer)
     ends = frozenset(end_tokens(origin_of(arguments.checkpoint), tokenizer))

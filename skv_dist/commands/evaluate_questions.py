@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from skv_dist.commands import maps
 from skv_dist.commands.arguments import ArgumentParser
-from skv_dist.config.evaluations import check_decodable
 from skv_dist.config.train import QuestionsConfig
 from skv_dist.errors import UserError
 
@@ -59,7 +58,6 @@ def evaluate_questions(argv: list[str]) -> int:
     from skv_dist.evaluation.questions import answer_questions, read_questions
     from skv_dist.parallel.processes import groups
 
-    check_decodable(run)
     plans = maps.plans(arguments, run)
     tokenizer = tokenizer_of(arguments.checkpoint, run.data.tokenizer)
     asked = QuestionsConfig(

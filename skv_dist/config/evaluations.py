@@ -1,4 +1,4 @@
-"""Whether a run can measure what it is asked to: the losses and scores that it has, and answers in its layout."""
+"""Whether a run can measure what it is asked to: the losses and scores that it has."""
 
 from skv_dist.config.run import RunConfig
 from skv_dist.config.source_names import source_names
@@ -41,35 +41,6 @@ def measured(config: RunConfig) -> list[str]:
 
 
 def check_questions(config: RunConfig) -> None:
-    """Raises UserError where a training run cannot answer ``eval.questions`` in its layout."""
-    if config.eval.questions is None:
-        return
-    try:
-        check_decodable(config)
-    except UserError as error:
-        raise UserError(
-            f"eval.questions: {error}, or leave eval.questions out and ask checkpoints by skv-eval questions"
-        ) from error
-    # The weights of stage 3 are in no one place while it trains; a checkpoint is asked without sharding.
-    if config.parallel.zero_stage == 3:
-        raise UserError(
-            "eval.questions and parallel.zero_stage: 3 do not work together: set parallel.zero_stage=2, or leave "
-            "eval.questions out and ask checkpoints by skv-eval questions"
-        )
-    if not config.eval.every:
+    """Raises UserError where a training run would never answer ``eval.questions``."""
+    if config.eval.questions is not None and not config.eval.every:
         raise UserError("eval.questions is given, but eval.every is 0: set eval.every, or leave eval.questions out")
-
-
-def check_decodable(config: RunConfig) -> None:
-    """Raises UserError where nothing can be decoded with a K/V cache in this layout, naming the key."""
-    parallel = config.parallel
-    if parallel.sequence_parallel:
-        raise UserError(
-            "decoding with a K/V cache and parallel.sequence_parallel: true do not work together: set "
-            "parallel.sequence_parallel=false"
-        )
-    if parallel.virtual_pipeline > 1:
-        raise UserError(
-            f"decoding with a K/V cache and parallel.virtual_pipeline {parallel.virtual_pipeline} do not work "
-            "together: set parallel.virtual_pipeline=1"
-        )

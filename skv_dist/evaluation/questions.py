@@ -160,12 +160,16 @@ def answer_questions(
     for name, plan in plans.items():
         decoder = Decoder(engine, run, plan)
         mine: list[Answer] = []
-        for batch in batches[world.data_rank :: world.data_size]:
+        for begin in range(0, len(batches), world.data_size):
+            of_replicas = batches[begin : begin + world.data_size]
+            # A replica for which none is left repeats one: with sharded parameters the others need its forwards.
+            batch = of_replicas[min(world.data_rank, len(of_replicas) - 1)]
             prompts = [questions[number].prompt for number in batch]
             said = decoder.continue_prompts(prompts, asked.new_tokens, ends, likeliest, tokenizer.end_of_document)
-            for number, ids in zip(batch, said):
-                mine.append(_scored(number, tokenizer.decode(ids), questions[number].references))
-            on_batch(len(batch))
+            if world.data_rank < len(of_replicas):
+                for number, ids in zip(batch, said):
+                    mine.append(_scored(number, tokenizer.decode(ids), questions[number].references))
+                on_batch(len(batch))
         scores[name] = _score(run, world, plan, mine)
     return scores
 

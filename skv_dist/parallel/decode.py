@@ -1,4 +1,4 @@
-"""Decoding with a K/V cache of the owners alone, in any layout without sequence parallelism."""
+"""Decoding with a K/V cache of the owners alone, in any layout."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from skv_dist.config.evaluations import check_decodable
 from skv_dist.config.run import RunConfig
 from skv_dist.model.kv_cache import KvCache
 from skv_dist.parallel.engines.base import Engine
@@ -27,8 +26,8 @@ class Decoder:
     """
 
     def __init__(self, engine: Engine, run: RunConfig, plan: RoutePlan) -> None:
-        check_decodable(run)
         self._forward = Forward(engine, run, plan)
+        self._in_step = engine.forward_is_collective
         self._device = engine.model.device
         self.cache_bytes_per_token = 0
 
@@ -42,7 +41,8 @@ class Decoder:
         pad: int,
         is_complete: Callable[[list[int]], bool] = lambda answer: False,
     ) -> list[list[int]]:
-        """The answers to some prompts. Collective over this replica's ranks, which all pass the same.
+        """The answers to some prompts. Collective over this replica's ranks, which all pass the same. Where
+        `Engine.forward_is_collective`, all replicas call this equally often, with the same ``new_tokens``.
 
         Args:
             prompts: token ids, none empty.
@@ -57,11 +57,11 @@ class Decoder:
         tokens = torch.full((len(prompts), longest), pad, device=self._device)
         for row, prompt in enumerate(prompts):
             tokens[row, longest - len(prompt) :] = torch.tensor(list(prompt), device=self._device)
-        cache = KvCache(longest + new_tokens, begins)
+        caches = self._forward.new_caches(longest + new_tokens, begins)
         answers: list[list[int]] = [[] for _ in prompts]
         going_on = set(range(len(prompts)))
         for _ in range(new_tokens):
-            chosen = self._next(tokens, cache, choose)
+            chosen = self._next(tokens, caches, choose)
             for row, token in enumerate(chosen.tolist()):
                 if row in going_on and token in ends:
                     going_on.discard(row)
@@ -69,15 +69,23 @@ class Decoder:
                     answers[row].append(token)
                     if is_complete(answers[row]):
                         going_on.discard(row)
-            if not going_on:
+            if not self._goes_on(bool(going_on)):
                 break
             tokens = chosen[:, None]
-        self.cache_bytes_per_token = cache.bytes_per_token()
+        self.cache_bytes_per_token = sum(cache.bytes_per_token() for cache in caches)
         return answers
 
-    def _next(self, tokens: torch.Tensor, cache: KvCache, choose: Choose) -> torch.Tensor:
+    def _goes_on(self, here: bool) -> bool:
+        """Whether there is another token to be had, here or on a replica with which this one must keep step."""
+        if not self._in_step:
+            return here
+        anywhere = torch.tensor(int(here), device=self._device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+        return bool(anywhere.item())
+
+    def _next(self, tokens: torch.Tensor, caches: Sequence[KvCache], choose: Choose) -> torch.Tensor:
         """One forward over ``tokens`` [b, n]; the chosen next tokens, int64 [b], the same on all ranks."""
-        logits = self._forward.logits(tokens, cache)
+        logits = self._forward.logits(tokens, caches)
         chosen = torch.zeros(len(tokens), dtype=torch.int64, device=self._device)
         if logits is not None:
             chosen = choose(logits[:, -1].float()).to(self._device)

@@ -1,82 +1,89 @@
-"""Logits of a batch under one sharing map, in any layout without sequence parallelism and interleaved stages."""
+"""Logits of a batch under one sharing map, in any layout."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
 
 from skv_dist.config.run import RunConfig
 from skv_dist.model.kv_cache import KvCache
 from skv_dist.parallel.engines.base import Engine
-from skv_dist.parallel.wire.communicator import WireCommunicator
-from skv_dist.parallel.wire.port import ChunkPort
-from skv_dist.parallel.wire.widths import wire_widths
+from skv_dist.parallel.wire.packing import Packing
 from skv_dist.routing import RoutePlan
 
 
 class Forward:
-    """Runs batches through all stages of this replica, one after the other.
+    """Runs batches through all chunks of this replica, one after the other.
 
     Args:
         plan: the sharing map.
     """
 
     def __init__(self, engine: Engine, run: RunConfig, plan: RoutePlan) -> None:
-        self._engine, self._run, self._plan = engine, run, plan
-        self._widths = wire_widths(run, [plan])
-        (chunk,) = engine.model.routed_chunks()
-        self._port = ChunkPort(chunk, 0, 1)
+        self._engine, self._plan, self._compiled = engine, plan, run.train.compile
+        self._chunks = engine.model.routed_chunks()
+        packing = Packing.of(run)
+        self._widths = [packing.width(len(live)) for live in plan.live_at_boundaries(run.stages)]
+        self._splitting = _splits_positions(engine.model)
+
+    def new_caches(self, capacity: int, begins: torch.Tensor) -> list[KvCache]:
+        """An empty `KvCache` for each chunk of this rank."""
+        return [KvCache(capacity, begins) for _ in self._chunks]
 
     @torch.no_grad()
-    def logits(self, tokens: torch.Tensor, cache: KvCache | None = None, gather: bool = True) -> torch.Tensor | None:
-        """Collective over this replica's ranks, which all pass the same ``tokens`` [b, s].
+    def logits(
+        self, tokens: torch.Tensor, caches: Sequence[KvCache] | None = None, gather: bool = True
+    ) -> torch.Tensor | None:
+        """Collective over this replica's ranks, which all pass the same ``tokens`` [b, s]. Where
+        `Engine.forward_is_collective`, all replicas call this equally often.
 
         Args:
-            cache, gather: see `RoutedChunk.forward`, which also says the shape of the logits.
+            caches: of `new_caches`; see `RoutedChunk.forward`, which also says the shape of the logits.
+            gather: see there.
 
         Returns:
             None on other stages than the last.
         """
         self._engine.eval()
         # What is compiled is so for one length of sequence; here each batch has another.
-        stance = torch.compiler.set_stance("force_eager") if self._run.train.compile else contextlib.nullcontext()
-        with stance:
-            return self._run_schedule(tokens, cache, gather)
+        stance = torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
+        with stance, self._whole_sequences():
+            return self._run_chunks(tokens, caches or [None] * len(self._chunks), gather)
 
-    def _run_schedule(self, tokens: torch.Tensor, cache: KvCache | None, gather: bool) -> torch.Tensor | None:
-        def forward_step(waiting: Iterator[Any], port: ChunkPort) -> tuple[torch.Tensor, object]:
-            out = self._engine.forward(
-                0,
-                self._plan,
-                tokens,
-                received=port.take_input(),
-                width=self._widths.padded,
-                cache=cache,
-                gather=gather,
-            )
-            return out, lambda logits, non_loss_data: logits
+    def _run_chunks(self, tokens: torch.Tensor, caches: Sequence[KvCache | None], gather: bool) -> torch.Tensor | None:
+        group = parallel_state.get_pipeline_model_parallel_group()
+        stage, num_stages = group.rank(), group.size()
+        before, behind = (dist.get_global_rank(group, (stage + step) % num_stages) for step in (-1, 1))
+        for index, (chunk, cache) in enumerate(zip(self._chunks, caches, strict=True)):
+            place = index * num_stages + stage  # in the order of execution
+            received = None
+            if not chunk.has_embedding:
+                shape = (tokens.shape[1], tokens.shape[0], self._widths[place - 1])
+                received = torch.empty(shape, dtype=chunk.config.params_dtype, device=tokens.device)
+                dist.recv(received, before, group=group)
+            out = self._engine.forward(index, self._plan, tokens, received=received, cache=cache, gather=gather)
+            if chunk.has_head:
+                return out
+            dist.send(out.contiguous(), behind, group=group)
+        return None
 
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        communicator = WireCommunicator(
-            parallel_state.get_pipeline_model_parallel_group(),
-            self._port.config,
-            incoming=self._widths.behind(stage - 1),
-            outgoing=self._widths.behind(stage),
-        )
-        collected = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter([tokens]),
-            model=self._port,
-            num_microbatches=1,
-            seq_length=tokens.shape[1],
-            micro_batch_size=tokens.shape[0],
-            forward_only=True,
-            collect_non_loss_data=True,
-            p2p_communicator=communicator,
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
-        return collected[0] if collected else None
+    @contextlib.contextmanager
+    def _whole_sequences(self) -> Iterator[None]:
+        """Sequence parallelism switched off: the one position of a new token cannot be shared out over ranks."""
+        for owner, name in self._splitting:
+            setattr(owner, name, False)
+        try:
+            yield
+        finally:
+            for owner, name in self._splitting:
+                setattr(owner, name, True)
+
+
+def _splits_positions(model: torch.nn.Module) -> list[tuple[Any, str]]:
+    """The switches of sequence parallelism that are on: an object and the name of its attribute."""
+    owners = [*model.modules(), *{id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()]
+    names = ("sequence_parallel", "reduce_scatter_embeddings")
+    return [(owner, name) for owner in owners for name in names if getattr(owner, name, None) is True]

@@ -1,4 +1,4 @@
-"""How likely a model finds given tokens, in any layout without sequence parallelism and interleaved stages."""
+"""How likely a model finds given tokens, in any layout."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from skv_dist.config.evaluations import check_decodable
 from skv_dist.config.run import RunConfig
 from skv_dist.model.cross_entropy import blocks_of
 from skv_dist.parallel.engines.base import Engine
@@ -43,7 +42,6 @@ class Scorer:
     """Scores tokens under one sharing map."""
 
     def __init__(self, engine: Engine, run: RunConfig, plan: RoutePlan) -> None:
-        check_decodable(run)
         self._forward = Forward(engine, run, plan)
         self._device = engine.model.device
         self._vocab_size = run.vocab_size

@@ -48,6 +48,15 @@ def test_losses_are_those_of_the_run_and_text_is_sampled(run: tuple[Path, dict[s
     assert "2 of 8 layers cached" in printed
 
 
+def test_a_prompt_alone_needs_no_text_of_the_run(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    given = [str(run[0]), "--prompt", "the ", "--new-tokens", "2", f"data.sources.0.path={tmp_path / 'gone'}"]
+    for more, code, said in (([], 0, "--- sampled under @0.50"), (["--samples", "1"], 2, f"{tmp_path / 'gone'}")):
+        command = Command(EVALUATE, [*given, *more], {}, tmp_path / "printed.log")
+        assert command.wait() == code, command.printed
+        assert said in command.printed
+        assert "nats/token" not in command.printed
+
+
 def test_another_layout_measures_the_same(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     checkpoint, metrics = run
     _, losses = evaluate(tmp_path, checkpoint, "parallel.tensor=2", "parallel.pipeline=2", processes=4)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,20 @@ from skv_dist.checkpoint.load import read_tensors, tensor_shapes
 from skv_dist.data.tokenizer import ByteTokenizer, load_tokenizer
 from tests.data.test_chats import CHATML, tokenizer_in
 from tests.model.plain import routed_logits
-from tests.support.harness import DOCUMENTS, LONGEST, NEW, UNTIL, flat, needs_lm_eval, of_all, run_harness, write_tasks
+from tests.support.harness import (
+    DOCUMENTS,
+    LONGEST,
+    NEW,
+    UNTIL,
+    flat,
+    needs_lm_eval,
+    of_all,
+    run_harness,
+    without_stock_tasks,
+    write_tasks,
+)
 from tests.support.jobs.loop import run_training
-from tests.support.processes import Command, free_port, places
+from tests.support.processes import Command
 from tests.support.runs import EVALUATE
 from tests.support.settings import run_settings
 from tests.tools.convert.hf_models import make, save
@@ -96,8 +108,8 @@ def encode(text: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Any]:
-    """One process."""
-    return of_all(tmp_path_factory.mktemp("alone"), checkpoint)
+    """One process, which knows the tasks of lm_eval too."""
+    return of_all(tmp_path_factory.mktemp("alone"), checkpoint, first=None)
 
 
 @needs_lm_eval
@@ -148,8 +160,8 @@ def test_maps_differ_and_are_shown_side_by_side(alone: tuple[list[str], Any]) ->
     ("processes", "layout"),
     [
         (2, []),
-        (2, ["parallel.tensor=2"]),
-        (2, ["parallel.pipeline=2"]),
+        (2, ["parallel.tensor=2", "parallel.sequence_parallel=true"]),
+        (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
         (4, ["parallel.pipeline=2"]),
     ],
     ids=str,
@@ -184,7 +196,7 @@ def test_figures_are_those_of_lm_eval_on_the_original(tmp_path: Path, chat: bool
     theirs = lm_eval.simple_evaluate(
         HFLM(pretrained=str(folder), device="cpu", dtype="float32"),
         tasks=["skv_all"],
-        task_manager=TaskManager(include_path=str(tmp_path / "tasks")),
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
         apply_chat_template=chat,
         fewshot_as_multiturn=chat,
     )
@@ -239,14 +251,6 @@ def test_what_cannot_be_done_is_refused_in_one_line(
     refused(tmp_path, ["harness", str(checkpoint), "--include-path", str(tasks), "--tasks", *arguments], message)
 
 
-@needs_lm_eval
-def test_a_layout_that_cannot_decode_is_refused_before_it_starts(checkpoint: Path, tmp_path: Path) -> None:
-    layout = ["parallel.tensor=2", "parallel.sequence_parallel=true"]
-    message = "decoding with a K/V cache and parallel.sequence_parallel: true do not work together"
-    given = ["harness", str(checkpoint), "--tasks", "arc_easy", *layout]
-    refused(tmp_path, given, message, environment=places(0, 2, free_port()))
-
-
 def test_without_the_package_the_cure_is_named_at_once(tmp_path: Path) -> None:
     given = ["harness", str(tmp_path / "no checkpoint"), "--tasks", "arc_easy"]
     refused(tmp_path, given, "pip install 'skv-dist[harness]'", first=hide_lm_eval)
@@ -256,10 +260,8 @@ def hide_lm_eval() -> None:
     sys.modules["lm_eval"] = None  # type: ignore[assignment]  # so importing it fails
 
 
-def refused(
-    folder: Path, given: list[str], message: str, first: Any = None, environment: dict[str, str] | None = None
-) -> None:
-    command = Command(EVALUATE, given, environment or {}, folder / "printed.log", first=first)
+def refused(folder: Path, given: list[str], message: str, first: Callable[[], None] = without_stock_tasks) -> None:
+    command = Command(EVALUATE, given, {}, folder / "printed.log", first=first)
     assert command.wait() == 2, command.printed
     assert message in command.printed
     assert "Traceback" not in command.printed

@@ -40,11 +40,11 @@ def test_articles_go_as_words_only() -> None:
 
 
 STEPS = 40
-ROWS = [{"q": f"{letter}{letter}=", "a": letter * 2} for letter in "abcdef"]
+ROWS = [{"q": f"{letter}{letter}=", "a": letter * (1 + (letter < "d"))} for letter in "abcdef"]  # of two lengths
 
 
 def settings_of(folder: Path, **sections: Any) -> dict[str, Any]:
-    """A run that learns to repeat a letter, from examples."""
+    """A run that learns to repeat letters, from examples."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     source = {"path": str(file), "format": "jsonl", "prompt_field": "q", "response_field": "a"}
@@ -114,15 +114,16 @@ def test_another_layout_answers_the_same(checkpoint: Path, tmp_path: Path) -> No
     [
         (1, {}, {}),
         (4, {"pipeline": 2, "zero_stage": 1}, {}),
-        (2, {"zero_stage": 2}, {}),
-        (2, {"tensor": 2}, {}),
+        (2, {"zero_stage": 3}, {}),
+        (2, {"tensor": 2, "sequence_parallel": True}, {}),
+        (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
         (1, {}, {"compile": True}),  # of one map alone, as each is compiled for itself
     ],
 )
 def test_questions_during_training_score_as_those_of_its_checkpoint(
     workers: Any, tmp_path: Path, processes: int, parallel: dict[str, Any], train: dict[str, Any]
 ) -> None:
-    questions = {"path": str(tmp_path / "rows.jsonl"), "new_tokens": 4, "batch_size": 4}
+    questions = {"path": str(tmp_path / "rows.jsonl"), "new_tokens": 4, "batch_size": 3}
     sizes = [1.0] if train else [1.0, 0.5]
     evaluation = {"every": STEPS // 2, "at_start": True, "retention": sizes, "questions": questions, "samples": 4}
     held_out = {"path": str(tmp_path / "rows.jsonl"), "format": "jsonl", "prompt_field": "q", "response_field": "a"}
@@ -148,33 +149,10 @@ def test_questions_during_training_score_as_those_of_its_checkpoint(
             assert scores[size][kind] == pytest.approx(metrics[-1][f"eval/{kind}@{size}"])
 
 
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"parallel": {"zero_stage": 3}}, "eval.questions and parallel.zero_stage: 3 do not work together: set"),
-        (
-            {"parallel": {"sequence_parallel": True, "tensor": 2}},
-            "eval.questions: decoding with a K/V cache and parallel.seq",
-        ),
-        (
-            {"parallel": {"virtual_pipeline": 2, "pipeline": 2}},
-            "parallel.virtual_pipeline=1, or leave eval.questions out",
-        ),
-        ({"eval": {"every": 0}}, "eval.questions is given, but eval.every is 0"),
-    ],
-)
-def test_where_a_run_cannot_be_asked_it_does_not_start(tmp_path: Path, sections: dict[str, Any], message: str) -> None:
-    asked = {"every": 1, "questions": {"path": "rows.jsonl"}}
-    held_out = {"path": str(tmp_path / "rows.jsonl"), "format": "jsonl"}
-    run = RunConfig.model_validate(
-        settings_of(
-            tmp_path,
-            data={"validation_sources": [held_out]},
-            parallel=sections.get("parallel", {}),
-            eval={**asked, **sections.get("eval", {})},
-        )
-    )
-    with pytest.raises(UserError, match=re.escape(message)):
+def test_a_run_that_would_never_ask_does_not_start(tmp_path: Path) -> None:
+    asked = {"every": 0, "questions": {"path": "rows.jsonl"}}
+    run = RunConfig.model_validate(settings_of(tmp_path, eval=asked))
+    with pytest.raises(UserError, match=re.escape("eval.questions is given, but eval.every is 0")):
         check_questions(run)
 
 
@@ -185,7 +163,6 @@ def test_where_a_run_cannot_be_asked_it_does_not_start(tmp_path: Path, sections:
         ({"q": None, "all": ["x"]}, [], "row 1 is no question: null"),
         ({"q": "x", "all": 3}, [], "row 1: field 'all' is no text and no list of texts"),
         ({"q": "x", "all": "x"}, ["--prompt-field", "{q"], "--prompt-field '{q' cannot be read"),
-        ({"q": "x", "all": "x"}, ["parallel.sequence_parallel=true", "parallel.tensor=1"], "sequence_parallel"),
         ({"q": "x", "all": "x"}, ["--batch-size", "0"], "--batch-size must be at least 1"),
     ],
 )

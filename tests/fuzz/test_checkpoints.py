@@ -73,7 +73,7 @@ def test_an_engine_is_loaded_or_refuses(
     workers: Any, checkpoint: Path, work: Path, choice: float, damage: Damage, is_sealed: bool
 ) -> None:
     folder, name = _damaged(checkpoint, work, choice, damage, is_sealed)
-    arguments = [str(folder), "--retention", "1.0", "--prompt", "w3 w4", "--new-tokens", "2"]
+    arguments = [str(folder), "--retention", "1.0", "--prompt", "w3 w4", "--new-tokens", "2", "--samples", "4"]
     overrides = [f"data.sources.0.path={work / 'text'}", "data.sequence_length=4", "data.validation_split=sequence"]
     (work / "text").write_text("w3 w4 w5 w6 " * 200)
     ((end, said),) = workers(1)(outcome_of, "skv_dist.commands.evaluate", [*arguments, *overrides])

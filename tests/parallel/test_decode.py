@@ -9,7 +9,7 @@ from tests.support.compare import one_process
 from tests.support.jobs.evaluation import prefilled
 from tests.support.settings import config
 
-LAYERS, STAGE = 8, 4  # of the model, and of each of two stages
+LAYERS = 8
 MAPS = {
     "two trail": [0, 0, 2, 2, 2, 5, 5, 0],
     "a stage trails": [0, 1, 0, 3, 1, 3, 3, 0],
@@ -21,7 +21,16 @@ PROMPTS = [[3, 4, 5], [9, 8, 7, 6, 5, 4, 3, 2, 30, 31, 32], [17]]
 LONGEST, NEW = 11, 5
 
 
-def settings(**parallel: int) -> dict[str, Any]:
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"tensor": 2},
+    {"tensor": 2, "sequence_parallel": True},
+    {"pipeline": 2},
+    {"pipeline": 2, "virtual_pipeline": 2},
+]
+
+
+def settings(**parallel: Any) -> dict[str, Any]:
     return config(model={"init_std": 0.3}, data={"sequence_length": 32}, parallel={"zero_stage": 0, **parallel})
 
 
@@ -30,21 +39,20 @@ def weights(workers: Any) -> dict[str, np.ndarray]:
     return one_process(workers, settings(), steps=0)["parameters"]
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"pipeline": 2}], ids=str)
+@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", MAPS)
 def test_trailing_layers_run_over_the_last_position(
-    workers: Any, weights: dict[str, np.ndarray], name: str, parallel: dict[str, int]
+    workers: Any, weights: dict[str, np.ndarray], name: str, parallel: dict[str, Any]
 ) -> None:
     table, stages = MAPS[name], parallel.get("pipeline", 1)
     size = stages * parallel.get("tensor", 1)
     skipping, whole = (
         workers(size)(prefilled, settings(**parallel), weights, table, PROMPTS, NEW, skips) for skips in (True, False)
     )
-    expected = [LONGEST if layer <= max(table) else 1 for layer in range(LAYERS)]
     for rank, (answers, logits, rows) in enumerate(skipping):
-        of_stage = slice(rank * STAGE, (rank + 1) * STAGE) if stages > 1 else slice(None)
-        assert rows == expected[of_stage]
-        assert whole[rank][2] == [LONGEST] * len(rows)
+        assert len(rows) == LAYERS // stages
+        assert rows == {layer: LONGEST if layer <= max(table) else 1 for layer in rows}
+        assert whole[rank][2] == dict.fromkeys(rows, LONGEST)
         assert answers == whole[rank][0]
         assert len(logits) == (NEW if rank == size - 1 or stages == 1 else 0)
         np.testing.assert_allclose(logits, whole[rank][1], atol=1e-5, rtol=0)

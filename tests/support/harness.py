@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,26 @@ def write_tasks(folder: Path, **generation: Any) -> Path:
     return tasks
 
 
-def run_harness(folder: Path, checkpoint: Path, *arguments: str, processes: int = 1) -> tuple[list[str], Any]:
+def without_stock_tasks() -> None:
+    """It takes lm_eval twelve seconds to list the thousands of tasks that it comes with."""
+    from lm_eval.tasks import TaskManager
+
+    stock = TaskManager.__init__
+    TaskManager.__init__ = lambda *given, **named: stock(*given, **named, include_defaults=False)
+
+
+def run_harness(
+    folder: Path,
+    checkpoint: Path,
+    *arguments: str,
+    processes: int = 1,
+    first: Callable[[], None] | None = without_stock_tasks,
+) -> tuple[list[str], Any]:
     """What each process printed, and the figures by map."""
     port, file = free_port(), folder / f"found{processes}.json"
     given = ["harness", str(checkpoint), "--json", str(file), "--retention", "1", "0.5", *arguments]
     commands = [
-        Command(EVALUATE, given, places(rank, processes, port), folder / f"{rank}.log", folder / f"{rank}.err")
+        Command(EVALUATE, given, places(rank, processes, port), folder / f"{rank}.log", folder / f"{rank}.err", first)
         for rank in range(processes)
     ]
     for rank, command in enumerate(commands):
@@ -86,9 +101,9 @@ def run_harness(folder: Path, checkpoint: Path, *arguments: str, processes: int 
     return [command.printed for command in commands], json.loads(file.read_text())["maps"]
 
 
-def of_all(folder: Path, checkpoint: Path, *arguments: str, processes: int = 1) -> tuple[list[str], Any]:
+def of_all(folder: Path, checkpoint: Path, *arguments: str, **given: Any) -> tuple[list[str], Any]:
     tasks = ("--tasks", "skv_all", "--include-path", str(write_tasks(folder)), "--log-samples", "--batch-size", "3")
-    return run_harness(folder, checkpoint, *tasks, *arguments, processes=processes)
+    return run_harness(folder, checkpoint, *tasks, *arguments, **given)
 
 
 def flat(answers: Any) -> dict[str, Any]:

@@ -61,12 +61,14 @@ class Engine(ABC):
         model: the chunks of this rank.
         optimizer: over the fp32 weights that this rank updates.
         unset: parameters whose weight was neither drawn nor written yet. Nothing is computed while there are any.
+        forward_is_collective: each forward gathers parameters from all replicas, which must make equally many.
     """
 
     model: LocalModel
     optimizer: GuardedAdamW
     tied: TiedHead
     unset: set[torch.nn.Parameter]
+    forward_is_collective: bool = False
 
     def forward(
         self,

@@ -21,6 +21,8 @@ from skv_dist.parallel.initial_values import local_initial_values
 from skv_dist.parallel.local_model import LocalModel, build_local_model, partitioned_shape
 from skv_dist.parallel.processes.groups import model_parallel_unit
 
+KEPT_WHOLE = 100_000  # elements: stage 3 gathers smaller parameters once a step instead of at each use
+
 
 def deepspeed_config(run: RunConfig) -> dict[str, Any]:
     """DeepSpeed's configuration; the user never writes one."""
@@ -42,6 +44,7 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any]:
             "overlap_comm": run.parallel.overlap_comm,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            "stage3_param_persistence_threshold": KEPT_WHOLE,
         },
     }
     if run.train.precision == "bf16":
@@ -99,6 +102,7 @@ class ZeroEngine(Engine):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         config = deepspeed_config(run)
         self._stage = run.parallel.zero_stage
+        self.forward_is_collective = self._stage == 3
         self.model = self._build_model(run, device, config)
         self.unset = set() if initialize else set(self.model.parameters())
         for parameter, value in local_initial_values(run, self.model) if initialize else ():

@@ -88,7 +88,7 @@ def prefilled(
     prompts: list[list[int]],
     new_tokens: int,
     skips: bool,
-) -> tuple[list[list[int]], list[np.ndarray], list[int]]:
+) -> tuple[list[list[int]], list[np.ndarray], dict[int, int]]:
     """The likeliest answers, the logits of each new token [b, V] (of the last stage), and over how many positions each
     layer of this rank ran at the prompts.
 
@@ -101,7 +101,7 @@ def prefilled(
     from skv_dist.routing import RoutePlan
 
     logits: list[np.ndarray] = []
-    rows: list[int] = []
+    rows: dict[int, int] = {}
 
     def choose(given: Any) -> Any:
         logits.append(given.numpy())
@@ -110,10 +110,12 @@ def prefilled(
     with built(settings) as (run, world):
         engine = engines.frozen_engine(run, world)
         engines.assign_full(engine, run, world, weights)
-        (chunk,) = engine.model.routed_chunks()
-        for layer in chunk.routed_layers():
-            layer.mlp.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+        for chunk in engine.model.routed_chunks():
+            for number, layer in zip(chunk.numbers, chunk.routed_layers(), strict=True):
+                layer.mlp.register_forward_pre_hook(
+                    lambda _, given, n=number: rows.setdefault(n, len(given[0])) and None
+                )
         decoder = Decoder(engine, run, RoutePlan(table))
         with patch.object(RoutePlan, "trailing", RoutePlan.trailing if skips else range(0)):
             answers = decoder.continue_prompts(prompts, new_tokens, frozenset(), choose, pad=0)
-        return answers, logits, rows[: len(chunk.numbers)]
+        return answers, logits, rows
