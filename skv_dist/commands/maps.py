@@ -90,6 +90,7 @@ def configuration(arguments: argparse.Namespace, asked: list[str]) -> RunConfig:
 def _data_overrides(paths: list[str], trained: DataConfig) -> list[str]:
     """Keys by which `paths` are all that is read. Fields are named as in the run's first source of the same format."""
     from skv_dist.data.local_files import format_of_all
+    from skv_dist.data.megatron_set import SUFFIXES
     from skv_dist.data.token_set import META
 
     sources = []
@@ -97,11 +98,12 @@ def _data_overrides(paths: list[str], trained: DataConfig) -> list[str]:
         place = Path(path).expanduser()
         if not place.exists():
             raise UserError(f"--data {path}: there is no such file or folder")
-        kind = (
-            "prepared"
-            if (place / META).is_file()
-            else format_of_all(path, [], "name the files in place of their folder")
-        )
+        if (place / META).is_file():
+            kind = "prepared"
+        elif place.suffix in SUFFIXES:
+            kind = "megatron"
+        else:
+            kind = format_of_all(path, [], "name the files in place of their folder")
         like = next((source for source in trained.sources if source.format == kind), None)
         fields = (
             like.model_dump(include={"text_field", "prompt_field", "response_field", "messages_field"}) if like else {}

@@ -1,4 +1,4 @@
-"""``skv-data``: prepare token sets ahead of a run, and look at what a model learns from a source."""
+"""``skv-data``: prepare sets of tokens, look at what a model learns from a source, write Megatron's format."""
 
 import argparse
 import sys
@@ -44,6 +44,14 @@ def _parser() -> ArgumentParser:
     _add_source_arguments(show)
     show.add_argument("-n", "--number", type=int, default=3, help="documents to print (default: 3)")
     show.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="default: on a terminal")
+    export = actions.add_parser(
+        "export",
+        help="write a prepared set as Megatron's .bin and .idx",
+        description="Write a prepared set in Megatron's format, which format: megatron reads too.",
+        epilog="example: skv-data export data/corpus data/corpus_text_document",
+    )
+    export.add_argument("folder", type=Path, help="what skv-data prepare made")
+    export.add_argument("prefix", type=Path, help="what the names of the two files begin with")
     return parser
 
 
@@ -65,6 +73,12 @@ def _add_source_arguments(action: argparse.ArgumentParser) -> None:
 @entry_point
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
+    if arguments.action == "export":
+        from skv_dist.data.megatron_set import export
+
+        made = export(arguments.folder, arguments.prefix)
+        print(f"{arguments.prefix}.bin, .idx: {made.num_documents:,} documents, {len(made.tokens):,} tokens")
+        return 0
     sources = _sources(arguments)
     from skv_dist.data.tokenizer import load_tokenizer
 

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from skv_dist.config.section import Section
 
 NEEDS_RESET = "set data.reset_attention: true"
-SourceFormat = Literal["text", "jsonl", "parquet", "hub", "prepared"]
+SourceFormat = Literal["text", "jsonl", "parquet", "hub", "prepared", "megatron"]
 
 
 class SourceConfig(Section):
@@ -16,7 +16,8 @@ class SourceConfig(Section):
 
     path: str = Field(min_length=1, examples=["runs/quickstart/stdlib"])
     """Where the text is: a file, a folder (searched to its depths), or a glob (** goes through folders). Format hub:
-    the name of a dataset on the Hugging Face hub. Format prepared: a folder that skv-data prepare has made."""
+    the name of a dataset on the Hugging Face hub. Format prepared: a folder that skv-data prepare has made. Format
+    megatron: what the names of the .bin and .idx file begin with."""
 
     format: SourceFormat = Field(examples=["prepared"])
     """What the files hold.
@@ -27,6 +28,8 @@ class SourceConfig(Section):
     - parquet: one document in each row, the text in column text_field. Of a folder, the files *.parquet.
     - hub: a dataset on the Hugging Face hub, the text in column text_field.
     - prepared: tokens. The set must have been made with data.tokenizer.
+    - megatron: tokens in Megatron's .bin and .idx files. They do not say which tokenizer made them: it must have been
+      data.tokenizer, and each document should end with its end token (--append-eod).
 
     Text and JSON are UTF-8 and may be compressed (gzip, bzip2, xz, zstd). Other fields than text_field are not read."""
 
@@ -61,6 +64,11 @@ class SourceConfig(Section):
     jsonl and parquet."""
 
     @property
+    def holds_tokens(self) -> bool:
+        """Whether there is nothing left to tokenize."""
+        return self.format in ("prepared", "megatron")
+
+    @property
     def holds_examples(self) -> bool:
         """Whether each row is a prompt with its answer, or a chat. Not known of prepared sets."""
         return self.prompt_field is not None or self.messages_field is not None
@@ -71,9 +79,9 @@ class SourceConfig(Section):
             raise ValueError("prompt_field and response_field are given together: give both, or neither")
         if self.prompt_field is not None and self.messages_field is not None:
             raise ValueError("a row is a prompt or a chat: give prompt_field and response_field, or messages_field")
-        if self.holds_examples and self.format in ("text", "prepared"):
+        if self.holds_examples and (self.format == "text" or self.holds_tokens):
             key = "prompt_field" if self.messages_field is None else "messages_field"
-            cure = "give it to skv-data prepare" if self.format == "prepared" else "use jsonl or parquet"
+            cure = "give it to skv-data prepare" if self.holds_tokens else "use jsonl or parquet"
             raise ValueError(f"format '{self.format}' has no fields, so {key} means nothing: {cure}")
         return self
 
@@ -94,7 +102,7 @@ class DataConfig(Section):
     Checkpoints and exported models take the tokenizer with them."""
 
     sources: list[SourceConfig] = Field(min_length=1)
-    """The text to train on: one or more sources, mixed by their weights. Those whose format is not prepared are
+    """The text to train on: one or more sources, mixed by their weights. Those that are no tokens yet are
     tokenized at the start of the run and kept in cache_dir, unless streaming is set."""
 
     validation_sources: list[SourceConfig] = []
@@ -180,8 +188,9 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _streams_are_not_prepared(self) -> "DataConfig":
-        if self.streaming and any(source.format == "prepared" for source in self.sources):
-            raise ValueError("streaming reads raw text, but a source has format 'prepared': set streaming: false")
+        tokens = next((s.format for s in (*self.sources, *self.validation_sources) if s.holds_tokens), None)
+        if self.streaming and tokens is not None:
+            raise ValueError(f"streaming reads raw text, but a source has format '{tokens}': set streaming: false")
         if self.streaming and self.validation_split == "sequence" and not self.validation_sources:
             raise ValueError(
                 "streaming cannot split by sequence: set validation_split: document or give validation_sources"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from skv_dist.config.data import DataConfig
+from skv_dist.data.mapped_tokens import MappedTokens
 from skv_dist.data.packing import Sample
-from skv_dist.data.token_set import PreparedSet
 from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
 
@@ -32,7 +32,7 @@ class Fitted:
     num_dropped: int
 
 
-def fit_examples(prepared: PreparedSet, chosen: np.ndarray, config: DataConfig, path: str) -> Fitted:
+def fit_examples(prepared: MappedTokens, chosen: np.ndarray, config: DataConfig, path: str) -> Fitted:
     """Make examples fit into ``data.sequence_length`` + 1 tokens, as ``data.too_long`` says.
 
     Args:
@@ -91,7 +91,7 @@ class PackedExamples:
     the tokenizer begins a text, if it has one.
     """
 
-    def __init__(self, prepared: PreparedSet, fitted: Fitted, config: DataConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, prepared: MappedTokens, fitted: Fitted, config: DataConfig, tokenizer: Tokenizer) -> None:
         assert prepared.answers is not None
         self._prepared, self._answers, self._fitted = prepared, prepared.answers, fitted
         self._pad, self._first_of_cut = tokenizer.end_of_document, tokenizer.begin_of_document

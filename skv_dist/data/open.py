@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 from skv_dist.config.data import DataConfig, SourceConfig
 from skv_dist.config.source_names import source_names
 from skv_dist.data.batches import Samples
+from skv_dist.data.mapped_tokens import MappedTokens
+from skv_dist.data.megatron_set import MegatronSet
 from skv_dist.data.order import blended, num_blended
 from skv_dist.data.packing import Sample
 from skv_dist.data.sequences import split_prepared
@@ -93,10 +95,13 @@ def open_data(
     if config.streaming:
         return _stream_sources(config, tokenizer, seed, once, micro_batch_size, replicas)
     sources = [*config.sources, *config.validation_sources]
-    folders = [_prepared_folder(source, config, tokenizer) for source in sources]
-    if any(source.format != "prepared" for source in sources):
+    places = [_place_of_tokens(source, config, tokenizer) for source in sources]
+    if not all(source.holds_tokens for source in sources):
         wait_for_all()
-    sets = [PreparedSet(folder, tokenizer) for folder in folders]
+    sets = [
+        MegatronSet(source.path, tokenizer) if source.format == "megatron" else PreparedSet(place, tokenizer)
+        for source, place in zip(sources, places)
+    ]
     return _map_sets(sets, tokenizer, config, seed, rule, validation_needed)
 
 
@@ -165,18 +170,18 @@ class _Named(NamedTuple):
 
 
 def _map_sets(
-    sets: Sequence[PreparedSet],
+    sets: Sequence[MappedTokens],
     tokenizer: Tokenizer,
     config: DataConfig,
     seed: int,
     rule: SplitRule,
     validation_needed: bool,
 ) -> TrainAndValidation:
-    """Prepared sets, mapped into memory: those of ``sources``, then those of ``validation_sources``."""
+    """Sets of tokens, mapped into memory: those of ``sources``, then those of ``validation_sources``."""
     validation_seed = seed if rule == SplitRule.PATH else config.split_seed
 
     def parts(
-        sources: Sequence[SourceConfig], sets: Sequence[PreparedSet], fraction: float, seed: int
+        sources: Sequence[SourceConfig], sets: Sequence[MappedTokens], fraction: float, seed: int
     ) -> list[tuple[_Named, Sequences, Sequences | None]]:
         paths, contents = [source.path for source in sources], [prepared.content for prepared in sets]
         orders = source_orders(rule, paths, contents, seed, config.split_seed)
@@ -188,7 +193,7 @@ def _map_sets(
             for name, source, prepared, order in zip(source_names(sources), sources, sets, orders)
         ]
 
-    def blend(chosen: Sequence[tuple[_Named, Sequences]], sets: Sequence[PreparedSet], seed: int) -> Blend:
+    def blend(chosen: Sequence[tuple[_Named, Sequences]], sets: Sequence[MappedTokens], seed: int) -> Blend:
         names, weights = [source.name for source, _ in chosen], [source.weight for source, _ in chosen]
         contents = [prepared.content for prepared in sets]
         return Blend([samples for _, samples in chosen], weights, seed, contents, names)
@@ -204,9 +209,9 @@ def _map_sets(
     return train, blend(held_out, train_sets, validation_seed) if held_out else None
 
 
-def _prepared_folder(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer) -> Path:
-    """Where the prepared form of ``source`` lies."""
-    if source.format == "prepared":
+def _place_of_tokens(source: SourceConfig, config: DataConfig, tokenizer: Tokenizer) -> Path:
+    """Where the tokens of ``source`` lie; they are made if they are not there."""
+    if source.holds_tokens:
         return Path(source.path).expanduser()
     return prepared_once(
         source,

@@ -4,7 +4,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from skv_dist.data.token_set import PreparedSet
+from skv_dist.data.mapped_tokens import MappedTokens
 
 
 class Sample(NamedTuple):
@@ -45,7 +45,7 @@ class PackedDocuments:
     very first is predicted exactly once an epoch.
     """
 
-    def __init__(self, prepared: PreparedSet, chosen: np.ndarray, sequence_length: int) -> None:
+    def __init__(self, prepared: MappedTokens, chosen: np.ndarray, sequence_length: int) -> None:
         self._prepared = prepared
         self._chosen = chosen
         self._starts = np.concatenate([[0], np.cumsum(np.diff(prepared.offsets)[chosen])])

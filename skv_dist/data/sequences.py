@@ -6,10 +6,10 @@ import numpy as np
 
 from skv_dist.config.data import NEEDS_RESET, DataConfig
 from skv_dist.data.example_packing import Fitted, PackedExamples, fit_examples
+from skv_dist.data.mapped_tokens import MappedTokens
 from skv_dist.data.order import shuffled
 from skv_dist.data.packing import PackedDocuments, Sample, Windows
 from skv_dist.data.split import SourceOrder
-from skv_dist.data.token_set import PreparedSet
 from skv_dist.data.tokenizer import Tokenizer
 from skv_dist.errors import UserError
 
@@ -36,7 +36,7 @@ class SequenceSet:
 
 
 def split_prepared(
-    prepared: PreparedSet,
+    prepared: MappedTokens,
     tokenizer: Tokenizer,
     config: DataConfig,
     order: SourceOrder,

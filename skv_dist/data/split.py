@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from skv_dist.config.data import DataConfig
-from skv_dist.data.token_set import PreparedSet
+from skv_dist.data.mapped_tokens import MappedTokens
 from skv_dist.errors import UserError
 
 _CHUNK = 1 << 20  # documents looked at together: bounds what the start of a run needs of memory
@@ -83,7 +83,7 @@ class SourceOrder:
 
     Attributes:
         path: of the source as written, for messages and for the old rule.
-        content: what tells this source's data from another's (`PreparedSet.content`).
+        content: what tells this source's data from another's (`MappedTokens.content`).
         repetition: 0, or how many sources before this one hold the same data: they are shuffled apart.
         seed: ``train.seed``.
         split_seed: ``data.split_seed``.
@@ -105,7 +105,7 @@ class SourceOrder:
         seed = self.seed if self.rule == SplitRule.PATH else self.split_seed
         return seed, self._name() + "/validation"
 
-    def held_out_documents(self, prepared: PreparedSet, fraction: float) -> np.ndarray:
+    def held_out_documents(self, prepared: MappedTokens, fraction: float) -> np.ndarray:
         """bool [documents]"""
         if self.rule == SplitRule.PATH:
             return _held_out_by_path(prepared.num_documents, fraction, self.seed, self.path)
