@@ -50,11 +50,12 @@ def check_questions(config: RunConfig) -> None:
         raise UserError(
             f"eval.questions: {error}, or leave eval.questions out and ask checkpoints by skv-eval questions"
         ) from error
-    # The weights of stage 3 are in no one place while it trains; a checkpoint is asked without sharding.
-    if config.parallel.zero_stage == 3:
+    # DeepSpeed's stage 3 gathers weights in every forward, of which replicas make as many as their answers are long.
+    if config.parallel.zero_stage == 3 and config.parallel.engine == "deepspeed":
         raise UserError(
-            "eval.questions and parallel.zero_stage: 3 do not work together: set parallel.zero_stage=2, or leave "
-            "eval.questions out and ask checkpoints by skv-eval questions"
+            "eval.questions and parallel.zero_stage: 3 do not work together where parallel.engine is deepspeed: set "
+            "parallel.engine=fsdp or parallel.zero_stage=2, or leave eval.questions out and ask checkpoints by "
+            "skv-eval questions"
         )
     if not config.eval.every:
         raise UserError("eval.questions is given, but eval.every is 0: set eval.every, or leave eval.questions out")

@@ -160,12 +160,13 @@ def answer_questions(
     for name, plan in plans.items():
         decoder = Decoder(engine, run, plan)
         mine: list[Answer] = []
-        for batch in batches[world.data_rank :: world.data_size]:
-            prompts = [questions[number].prompt for number in batch]
-            said = decoder.continue_prompts(prompts, asked.new_tokens, ends, likeliest, tokenizer.end_of_document)
-            for number, ids in zip(batch, said):
-                mine.append(_scored(number, tokenizer.decode(ids), questions[number].references))
-            on_batch(len(batch))
+        with engine.gathered():  # replicas have other questions, and answers of other lengths
+            for batch in batches[world.data_rank :: world.data_size]:
+                prompts = [questions[number].prompt for number in batch]
+                said = decoder.continue_prompts(prompts, asked.new_tokens, ends, likeliest, tokenizer.end_of_document)
+                for number, ids in zip(batch, said):
+                    mine.append(_scored(number, tokenizer.decode(ids), questions[number].references))
+                on_batch(len(batch))
         scores[name] = _score(run, world, plan, mine)
     return scores
 

@@ -30,6 +30,7 @@ class Layout(NamedTuple):
     recompute: str = "none"
     policy: str = "r_cla"
     tie_embeddings: bool = False
+    engine: str = "deepspeed"
 
     @property
     def processes(self) -> int:
@@ -38,7 +39,7 @@ class Layout(NamedTuple):
     @property
     def parallel(self) -> dict[str, Any]:
         """The section of the configuration. The number of replicas follows from that of processes."""
-        keys = ("tensor", "sequence_parallel", "pipeline", "virtual_pipeline", "zero_stage")
+        keys = ("tensor", "sequence_parallel", "pipeline", "virtual_pipeline", "engine", "zero_stage")
         return {key: getattr(self, key) for key in keys}
 
     def settings(self, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class Layout(NamedTuple):
         parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
         if self.sequence_parallel:
             parts.insert(1, "SP")
-        parts += [f"ZeRO{self.zero_stage}", self.recompute, self.policy]
+        parts += [("FSDP" if self.engine == "fsdp" else "ZeRO") + str(self.zero_stage), self.recompute, self.policy]
         return "-".join([*parts, "tied"] if self.tie_embeddings else parts)
 
 

@@ -1,5 +1,6 @@
 """What the trainer needs of whatever owns parameters, gradients and optimizer state."""
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,12 @@ class Engine(ABC):
         """No dropout and no recomputation from here on."""
         if self.model.training:  # eval() walks through all modules
             self.model.eval()
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Within this context forwards without gradient wait for no other replica, however many each makes.
+        Collective over replicas at either end. Takes the memory of the whole weights where an engine shards them.
+        """
+        return contextlib.nullcontext()
 
     def _check_weights(self) -> None:
         if self.unset:
