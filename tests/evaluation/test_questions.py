@@ -116,6 +116,7 @@ def test_another_layout_answers_the_same(checkpoint: Path, tmp_path: Path) -> No
         (4, {"pipeline": 2, "zero_stage": 1}, {}),
         (2, {"zero_stage": 2}, {}),
         (2, {"tensor": 2}, {}),
+        (4, {"pipeline": 2, "zero_stage": 3, "engine": "fsdp"}, {}),
         (1, {}, {"compile": True}),  # of one map alone, as each is compiled for itself
     ],
 )

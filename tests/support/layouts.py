@@ -63,8 +63,8 @@ class Layout(NamedTuple):
         return "-".join([*parts, "tied"] if self.tie_embeddings else parts)
 
 
-def every_layout(most_processes: int = 4) -> Iterator[Layout]:
-    """The whole product, few processes first."""
+def every_layout(most_processes: int = 4, engine: str = "deepspeed") -> Iterator[Layout]:
+    """The whole product for one engine, few processes first; for ``fsdp`` those in which it is the engine."""
     splits = [
         (tensor * pipeline * replicas, tensor, sp, pipeline, virtual, replicas)
         for tensor, sp in ((1, False), (2, False), (2, True), (4, False), (4, True))
@@ -77,8 +77,12 @@ def every_layout(most_processes: int = 4) -> Iterator[Layout]:
         for zero_stage, recompute, policy, tied in itertools.product(
             range(4), ("none", "selective", "full"), ("r_cla", "none", "suffix", "cla", "subset"), (False, True)
         ):
-            layout = Layout(*split, zero_stage, recompute, policy, tied)
-            if zero_stage < 3 or layout.pipeline == 1:
+            layout = Layout(*split, zero_stage, recompute, policy, tied, engine)
+            if engine == "fsdp":
+                supported = zero_stage > 0 and layout.replicas > 1
+            else:
+                supported = zero_stage < 3 or layout.pipeline == 1
+            if supported:
                 yield layout
 
 
