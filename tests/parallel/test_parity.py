@@ -27,6 +27,7 @@ LAYOUTS = covering(CANDIDATES, CHOSEN)
 FSDP_LAYOUTS = [
     *dict.fromkeys(layout for _, layout in FSDP_FAULTS),  # right without their fault
     FSDP._replace(zero_stage=2, recompute="selective"),
+    FSDP._replace(pipeline=2, virtual_pipeline=2, zero_stage=3),
     FSDP._replace(pipeline=2, zero_stage=2, recompute="full", policy="subset"),
     FSDP._replace(pipeline=2, virtual_pipeline=2, recompute="full", tie_embeddings=True),
     FSDP._replace(pipeline=2, virtual_pipeline=2, zero_stage=2, policy="suffix"),
