@@ -53,17 +53,15 @@ def test_reducing_beside_the_backward_pass_equals_one_process(workers: Any, zero
 
 
 @pytest.mark.parametrize(
-    ("processes", "parallel"),
+    ("layout", "model"),
     [
-        (4, {"tensor": 2, "zero_stage": 2}),  # fewer KV heads than tensor ranks
-        (3, {"zero_stage": 3}),  # rows that the replicas do not divide
+        (FSDP._replace(tensor=2, zero_stage=2), {"num_kv_heads": 1}),  # fewer KV heads than tensor ranks
+        (FSDP._replace(replicas=4, zero_stage=3), {"hidden_size": 40}),  # rows that the replicas do not divide
     ],
     ids=str,
 )
-def test_sharding_by_rows_equals_one_process(workers: Any, processes: int, parallel: dict[str, Any]) -> None:
-    heads = {"num_kv_heads": 1} if "tensor" in parallel else {}
-    batch = {"global_batch_size": 6} if processes == 3 else {}
-    compare(workers, processes, config(model={**SMALL, **heads}, parallel={"engine": "fsdp", **parallel}, train=batch))
+def test_other_sizes_equal_one_process(workers: Any, layout: Layout, model: dict[str, int]) -> None:
+    compare(workers, layout.processes, layout.settings(model=model))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v)))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.compare import one_process
+from tests.support.compare import mean_gap, one_process
 from tests.support.jobs import fsdp
 from tests.support.layouts import SMALL
 from tests.support.settings import config
@@ -46,6 +46,18 @@ def test_an_update_that_is_not_seen_is_noticed(workers: Any, fault: str) -> None
     expected = one_process(workers, given)["losses"][1:]  # the first is of another batch
     assert workers(2)(fsdp.losses, given, 2)[0] == pytest.approx(expected, rel=1e-5)
     assert workers(2)(fsdp.losses, given, 2, fault)[0] != pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_bf16_gradients_are_summed_in_fp32(workers: Any, zero_stage: int) -> None:
+    """A batch that comes sixteen times has exactly sixteen times the gradient, whenever replicas are added up."""
+
+    def gradients(stage: int, times: int) -> Any:
+        given = config(model=SMALL, parallel=settings(stage)["parallel"], train={"precision": "bf16"})
+        return workers(2)(fsdp.repeated, given, times)[0]
+
+    often = gradients(zero_stage, 16)
+    assert mean_gap({name: value / 16 for name, value in often.items()}, gradients(1, 1)) < 1e-6
 
 
 def test_a_model_is_made_without_memory(workers: Any) -> None:

@@ -18,6 +18,17 @@ def losses(settings: dict[str, Any], steps: int, fault: str | None = None) -> li
         return found
 
 
+def repeated(settings: dict[str, Any], times: int) -> dict[str, Any]:
+    """Every gradient of one batch, run forward and backward so many times before the update."""
+    from tests.support import engine as engines
+
+    with built(settings) as (run, world), made_engine(run, world) as engine:
+        for _ in range(times):
+            run_step(engine, run, world, 0)
+        engine.set_clip_grad_norm(0.0)
+        return engines.capture_gradients(engine, run)[1]
+
+
 def states(settings: dict[str, Any], fault: str | None = None) -> dict[str, list[tuple[bool, bool]]]:
     """Whether a layer's weight is whole, and whether its rows have a gradient: at some times, and after passes without
     gradient also what FSDP remembers of them.
