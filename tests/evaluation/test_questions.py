@@ -152,7 +152,10 @@ def test_questions_during_training_score_as_those_of_its_checkpoint(
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"parallel": {"zero_stage": 3}}, "eval.questions and parallel.zero_stage: 3 do not work together: set"),
+        (
+            {"parallel": {"zero_stage": 3}},
+            "parallel.zero_stage: 3 do not work together where parallel.engine is deepspeed: set",
+        ),
         (
             {"parallel": {"sequence_parallel": True, "tensor": 2}},
             "eval.questions: decoding with a K/V cache and parallel.seq",
