@@ -37,6 +37,8 @@ def entry_point(main: Callable[[list[str]], int]) -> Callable[[], int]:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
         # DeepSpeed calls collectives by names that torch has deprecated.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        # Nobody writes in place into what a layer returns, of which FSDP warns wherever that is a view.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
         # Checkpoint tools read and write in one process on purpose.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         _clean_up_behind_sigterm()

@@ -251,11 +251,11 @@ def _train_in_folder(
 def _teacher(run: RunConfig, folder: Path, world: "World") -> "Teacher":
     from skv_dist.checkpoint.folder import read_config
     from skv_dist.checkpoint.load import load_checkpoint
-    from skv_dist.parallel.engines.frozen import FrozenEngine
+    from skv_dist.parallel.engines.create import create_teacher
     from skv_dist.parallel.teacher import Teacher
 
     own = run.model_copy(update={"lora": read_config(folder).lora})
-    engine = FrozenEngine(own, world.device)
+    engine = create_teacher(own, world.device)
     load_checkpoint(engine, own, folder, weights_only=True)
     return Teacher(engine, run.distillation.weight)
 

@@ -13,7 +13,8 @@ class DistillationConfig(Section):
     weight: float = Field(default=0.0, ge=0, le=1)
     """How much of the objective is the distance to the teacher, the rest being the loss on the text. 0: no teacher.
     The teacher runs over each micro-batch without gradient, which costs about a third more time, and its weights lie
-    beside the model's, split by parallel.tensor and parallel.pipeline but not by ZeRO."""
+    beside the model's, split by parallel.tensor and parallel.pipeline, and by ZeRO only in stage 3 of parallel.engine
+    fsdp."""
 
     teacher: str | None = Field(default=None, min_length=1)
     """Folder of the checkpoint that teaches, with the full cache. null: that of checkpoint.init_from, so that the model

@@ -12,7 +12,7 @@ Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 class LoraConfig(Section):
     """Low-rank adaptation: weights stay, and each target module learns a small addition (arXiv 2106.09685). What is
     added is a product of two small matrices. Conventions are those of peft, whose folders skv-convert to-peft writes;
-    other exports hold the sums. Not with parallel.zero_stage 3."""
+    other exports hold the sums. Not with DeepSpeed's parallel.zero_stage 3."""
 
     rank: int = Field(default=0, ge=0)
     """Inner size of the product. 0: no adapters, all weights learn (but for train.freeze)."""

@@ -37,21 +37,28 @@ class ParallelConfig(Section):
     """Number of layers on the last stage, which also has the head. null: as many as on the others. Needs pipeline above
     1."""
 
+    engine: Literal["deepspeed", "fsdp"] = "deepspeed"
+    """Whose sharding zero_stage asks for, where it is not 0. Either goes on from the other's checkpoints.
+
+    - deepspeed: DeepSpeed's ZeRO optimizers.
+    - fsdp: torch's fully_shard, whose stage 3 goes with a pipeline and with lora too."""
+
     zero_stage: Literal[0, 1, 2, 3] = 1
     """What is sharded over the data-parallel replicas (ZeRO). With one replica there is nothing to shard, and stages 1
-    and 2 run as 0.
+    and 2 run as 0; with engine fsdp also 3.
 
     - 0: nothing; each replica holds everything.
-    - 1: fp32 weights and optimizer state, through DeepSpeed.
-    - 2: gradients too.
-    - 3: the parameters too. Refused with a pipeline."""
+    - 1: fp32 weights and optimizer state. Gradients of a step are summed whole and reduced once.
+    - 2: gradients too, which are reduced in every micro-batch.
+    - 3: the parameters too, which are gathered layer by layer. Refused with a pipeline where engine is deepspeed."""
 
     zero_bucket_mb: int = Field(default=256, gt=0)
     """Size in MiB of the pieces in which gradients are reduced, and parameters gathered. Larger pieces use the network
-    better and take more memory. Read for all stages of ZeRO, 0 included."""
+    better and take more memory. Read for all stages of ZeRO, 0 included; engine fsdp goes layer by layer instead."""
 
     overlap_comm: bool = False
-    """Whether gradients are reduced while the backward pass goes on. Needs zero_stage 2 or 3."""
+    """Whether gradients are reduced while the backward pass goes on. Needs zero_stage 2 or 3. Engine fsdp always does
+    so in these stages, and refuses the key."""
 
     timeout_minutes: float = Field(default=30, gt=0)
     """How long a process waits for the others before the run ends with an error. A process that has ended, that is
@@ -62,6 +69,11 @@ class ParallelConfig(Section):
     def _supported(self) -> "ParallelConfig":
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("sequence_parallel: true needs tensor > 1: set parallel.sequence_parallel=false")
+        if self.overlap_comm and self.engine == "fsdp":
+            raise ValueError(
+                "overlap_comm: true and engine: fsdp do not work together, as fsdp reduces beside the backward pass "
+                "whenever it can: set parallel.overlap_comm=false"
+            )
         if self.overlap_comm and self.zero_stage < 2:
             raise ValueError(
                 f"overlap_comm: true needs zero_stage 2 or 3, not {self.zero_stage}, which reduces behind the "
@@ -73,10 +85,10 @@ class ParallelConfig(Section):
                     raise ValueError(
                         f"{key} {getattr(self, key)} needs pipeline > 1: raise parallel.pipeline or leave it out"
                     )
-        elif self.zero_stage == 3:
+        elif self.zero_stage == 3 and self.engine == "deepspeed":
             raise ValueError(
                 f"zero_stage 3 and pipeline {self.pipeline} do not work together (DeepSpeed would gather parameters "
-                "over all stages at once): set parallel.zero_stage=2 or parallel.pipeline=1"
+                "over all stages at once): set parallel.engine=fsdp, parallel.zero_stage=2 or parallel.pipeline=1"
             )
         return self
 

@@ -75,6 +75,11 @@ class RunConfig(Section):
                 "data.reset_attention: true and model.transformer_impl: transformer_engine do not work together: "
                 "set model.transformer_impl=local"
             )
+        if parallel.engine == "fsdp" and model.transformer_impl == "transformer_engine":
+            raise UserError(
+                "parallel.engine: fsdp and model.transformer_impl: transformer_engine do not work together: set "
+                "model.transformer_impl=local"
+            )
         repeats_core = train.recompute == "selective" and "core_attn" in train.recompute_modules
         if train.compile and model.attention_dropout and repeats_core:
             raise UserError(
@@ -86,10 +91,10 @@ class RunConfig(Section):
                 f"eval.every is {self.eval.every}, but data.validation_fraction is 0 and there are no "
                 "data.validation_sources: set eval.every=0 or hold out some text"
             )
-        if self.lora.rank and parallel.zero_stage == 3:
+        if self.lora.rank and parallel.zero_stage == 3 and parallel.engine == "deepspeed":
             raise UserError(
-                f"lora.rank {self.lora.rank} and parallel.zero_stage 3 do not work together: set parallel.zero_stage=2 "
-                "(adapters are small), and raise parallel.tensor or parallel.pipeline where the weights do not fit"
+                f"lora.rank {self.lora.rank} and parallel.zero_stage 3 do not work together where parallel.engine is "
+                "deepspeed: set parallel.engine=fsdp, or parallel.zero_stage=2 (adapters are small)"
             )
         if self.lora.rank and model.num_kv_heads < parallel.tensor:
             raise UserError(

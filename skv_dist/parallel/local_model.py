@@ -148,16 +148,31 @@ def mark_split_parameters(model: LocalModel, run: RunConfig) -> None:
         parameter.tensor_model_parallel = is_split  # type: ignore[attr-defined]
 
 
-def add_gradient_sums(model: LocalModel, run: RunConfig) -> None:
-    """Sum over tensor-parallel ranks the gradients of replicated parameters that each rank sees only a part of.
+def partial_gradients(model: LocalModel, run: RunConfig) -> set[str]:
+    """Global names of the parameters of which each tensor-parallel rank sees only a part of the gradient.
 
-    These are the parameters that sequence parallelism shows a part of the positions, q/k-norms, which see this rank's
-    heads only, and those matrices of adapters whose partner is split. DeepSpeed does none of it; one hook per parameter
-    suits every ZeRO stage (docs/pitfalls.md).
+    These are the replicated parameters that sequence parallelism shows a part of the positions, q/k-norms, which see
+    this rank's heads only, and those matrices of adapters whose partner is split. The first are known by a mark on the
+    parameter, which an engine that replaces parameters loses.
+    """
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return set()
+
+    def is_partial(name: str, parameter: torch.nn.Parameter) -> bool:
+        sees_some_heads = "q_layernorm" in name or "k_layernorm" in name
+        sees_some_rows = is_adapter(name) and isinstance(split_of(name, run), Replicated)
+        return sees_some_heads or sees_some_rows or getattr(parameter, "sequence_parallel", False)
+
+    return {name for name, parameter in model.trainable() if is_partial(name, parameter)}
+
+
+def add_gradient_sums(model: LocalModel, run: RunConfig) -> None:
+    """Sum gradients of `partial_gradients` over tensor-parallel ranks.
+
+    DeepSpeed does none of it; one hook per parameter suits every ZeRO stage (docs/pitfalls.md).
     """
     group = parallel_state.get_tensor_model_parallel_group()
-    if group.size() == 1:
-        return
+    partial = partial_gradients(model, run)
 
     def sum_over_ranks(grad: torch.Tensor) -> torch.Tensor:
         summed = grad.float()
@@ -167,7 +182,5 @@ def add_gradient_sums(model: LocalModel, run: RunConfig) -> None:
         return summed.to(grad.dtype)
 
     for name, parameter in model.trainable():
-        sees_some_heads = "q_layernorm" in name or "k_layernorm" in name
-        sees_some_rows = is_adapter(name) and isinstance(split_of(name, run), Replicated)
-        if sees_some_heads or sees_some_rows or getattr(parameter, "sequence_parallel", False):
+        if name in partial:
             parameter.register_hook(sum_over_ranks)

@@ -90,8 +90,10 @@ def start_report(
         f"{r:.2f} -> {len(set(run.sharing_map(r)))} of {model.num_layers} layers" for r in run.eval.retention
     )
     zero = f"ZeRO {parallel.zero_stage}"
-    if parallel.zero_stage and not is_sharded(parallel.zero_stage, derived.data_parallel):
-        zero += " (one replica: nothing to shard)"
+    if not is_sharded(parallel, derived.data_parallel):
+        zero += " (one replica: nothing to shard)" if parallel.zero_stage else ""
+    elif parallel.engine == "fsdp":
+        zero += " by fully_shard"
     stages = f" x pipeline {parallel.pipeline}" if parallel.pipeline > 1 else ""
     lines = {
         "software": software(),

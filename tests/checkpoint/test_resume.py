@@ -26,6 +26,8 @@ SAME = [
     (Layout(zero_stage=2, pipeline=2), "bf16", True),
     (Layout(zero_stage=1, pipeline=2, virtual_pipeline=2), "fp32", True),
     (Layout(zero_stage=0, pipeline=2, virtual_pipeline=2), "bf16", False),
+    (Layout(zero_stage=1, replicas=2, engine="fsdp"), "bf16", False),
+    (Layout(zero_stage=3, pipeline=2, replicas=2, engine="fsdp"), "bf16", True),
 ]
 
 
@@ -42,7 +44,14 @@ def test_resuming_on_the_same_layout_is_bitwise(
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(zero_stage=0), Layout(replicas=2, zero_stage=2), Layout(zero_stage=3)], ids=str
+    "layout",
+    [
+        Layout(zero_stage=0),
+        Layout(replicas=2, zero_stage=2),
+        Layout(zero_stage=3),
+        Layout(replicas=2, zero_stage=3, engine="fsdp"),
+    ],
+    ids=str,
 )
 def test_frozen_weights_have_no_moments_and_resume(workers: Any, text: Path, tmp_path: Path, layout: Layout) -> None:
     sections = {"train": {"precision": "bf16", "freeze": ["*.mlp.*", "embedding.weight"]}}
@@ -57,7 +66,14 @@ def test_frozen_weights_have_no_moments_and_resume(workers: Any, text: Path, tmp
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(zero_stage=0), Layout(replicas=2, zero_stage=2), Layout(zero_stage=3)], ids=str
+    "layout",
+    [
+        Layout(zero_stage=0),
+        Layout(replicas=2, zero_stage=2),
+        Layout(zero_stage=3),
+        Layout(replicas=2, zero_stage=2, engine="fsdp"),
+    ],
+    ids=str,
 )
 def test_nothing_is_drawn_where_a_checkpoint_is_loaded(
     workers: Any, text: Path, finished: Path, tmp_path: Path, layout: Layout
@@ -82,6 +98,8 @@ LAYOUTS = {
     "PP4 ZeRO-1": Layout(pipeline=4, zero_stage=1),
     "PP2VPP2 ZeRO-2": Layout(pipeline=2, virtual_pipeline=2, zero_stage=2),
     "PP2DP2 ZeRO-2": Layout(pipeline=2, replicas=2, zero_stage=2),
+    "PP2DP2 FSDP-3": Layout(pipeline=2, replicas=2, zero_stage=3, engine="fsdp"),
+    "TP2DP2 FSDP-1": Layout(tensor=2, replicas=2, zero_stage=1, engine="fsdp"),
 }
 PAIRS = [
     ("TP2PP2 ZeRO-1", "one ZeRO-3"),
@@ -96,6 +114,10 @@ PAIRS = [
     ("PP2DP2 ZeRO-2", "one"),
     ("TP2 ZeRO-1", "PP2DP2 ZeRO-2"),
     ("DP4 ZeRO-2", "PP2VPP2 ZeRO-2"),
+    ("DP2 ZeRO-2", "PP2DP2 FSDP-3"),
+    ("PP2DP2 FSDP-3", "DP2 ZeRO-3"),
+    ("PP2DP2 FSDP-3", "TP2DP2 FSDP-1"),
+    ("TP2DP2 FSDP-1", "one"),
 ]
 _written: dict[str, Path] = {}
 
@@ -121,9 +143,13 @@ def test_resuming_on_another_layout(
     assert_equal(files.folder_of(tmp_path / "again", 1), halfway)
 
 
-def test_sizes_that_the_replicas_do_not_divide(workers: Any, text: Path, finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_sizes_that_the_replicas_do_not_divide(
+    workers: Any, text: Path, finished: Path, tmp_path: Path, engine: str
+) -> None:
     source = files.folder_of(finished / "checkpoints", END)
-    given = small_run(text, tmp_path, Layout(replicas=3, zero_stage=3), train={"global_batch_size": 6})
+    layout = Layout(replicas=3, zero_stage=3, engine=engine)
+    given = small_run(text, tmp_path, layout, train={"global_batch_size": 6})
     workers(3)(read_and_write, given, str(source), str(tmp_path / "again"))
     assert_equal(files.folder_of(tmp_path / "again", 1), source)
 

@@ -51,6 +51,7 @@ def test_pieces_of_all_ranks_make_the_full_tensor(split: Split, shape: tuple[int
         (2, {"zero_stage": 1}),
         (2, {"zero_stage": 2}),
         (2, {"zero_stage": 3}),
+        (2, {"zero_stage": 3, "engine": "fsdp"}),
         (2, {"tensor": 2, "sequence_parallel": True, "zero_stage": 0}),
         (2, {"pipeline": 2, "zero_stage": 0}),
     ],

@@ -57,6 +57,11 @@ def test_the_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
         ("parallel.sequence_parallel=true", "needs tensor > 1"),
         ("parallel.pipeline=3", "model.num_layers 8 cannot be split evenly over 3 of parallel.pipeline 3 stages"),
         ("parallel.pipeline=2 parallel.zero_stage=3", "zero_stage 3 and pipeline 2 do not work together"),
+        ("parallel.overlap_comm=true parallel.engine=fsdp", "overlap_comm: true and engine: fsdp do not work together"),
+        (
+            "parallel.engine=fsdp model.transformer_impl=transformer_engine",
+            "parallel.engine: fsdp and model.transformer_impl: transformer_engine do not work together",
+        ),
         ("parallel.overlap_comm=true parallel.zero_stage=1", "overlap_comm: true needs zero_stage 2 or 3, not 1"),
         ("parallel.virtual_pipeline=2", "virtual_pipeline 2 needs pipeline > 1"),
         ("parallel.first_stage_layers=2", "first_stage_layers 2 needs pipeline > 1"),

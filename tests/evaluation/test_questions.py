@@ -117,6 +117,7 @@ def test_another_layout_answers_the_same(checkpoint: Path, tmp_path: Path) -> No
         (2, {"zero_stage": 3}, {}),
         (2, {"tensor": 2, "sequence_parallel": True}, {}),
         (2, {"pipeline": 2, "virtual_pipeline": 2}, {}),
+        (4, {"pipeline": 2, "zero_stage": 3, "engine": "fsdp"}, {}),
         (1, {}, {"compile": True}),  # of one map alone, as each is compiled for itself
     ],
 )

@@ -8,7 +8,7 @@ from tests.support.compare import compare, needs_compiler
 from tests.support.layouts import VARIANTS, Layout, every_layout
 
 
-@pytest.mark.parametrize("layout", every_layout(), ids=str)
+@pytest.mark.parametrize("layout", [*every_layout(), *every_layout(engine="fsdp")], ids=str)
 def test_layout_equals_one_process(workers: Any, layout: Layout) -> None:
     compare(workers, layout.processes, layout.settings())
 

@@ -54,6 +54,7 @@ def test_weight_one_leaves_the_labels_out_and_zero_the_teacher(workers: Any) -> 
         (2, {"zero_stage": 2}),
         (2, {"zero_stage": 3}),
         (4, {"tensor": 2, "pipeline": 2, "tied": False, "sequence_parallel": True}),
+        (4, {"engine": "fsdp", "zero_stage": 3, "pipeline": 2}),
     ],
     ids=str,
 )

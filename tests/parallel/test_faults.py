@@ -17,7 +17,7 @@ def named(fault: Any, layout: Layout) -> Any:
     return pytest.param(fault.__name__, layout, marks=marks, id=f"{fault.__name__}-{layout}")
 
 
-@pytest.mark.parametrize(("fault", "layout"), [named(*case) for case in faults.FAULTS])
+@pytest.mark.parametrize(("fault", "layout"), [named(*case) for case in [*faults.FAULTS, *faults.FSDP_FAULTS]])
 def test_fault_is_noticed(workers: Any, fault: str, layout: Layout) -> None:
     settings = layout.settings(train={"compile": fault == "gradients_reduced_as_they_arrive"})
     # Without the flag's cure the gradients are wrong, and the second step fails as well: none is made.
@@ -32,6 +32,7 @@ def test_every_fault_is_tried() -> None:
     made_here = {name for name, value in vars(faults).items() if getattr(value, "__module__", "") == faults.__name__}
     elsewhere = {
         "clipped_by_default",  # below
+        *("gathered_parameters_kept", "late_reduction_left_out", "passes_without_end"),  # engines/test_fsdp
         "routes_within_two_stages",  # test_pipeline
         "sent_tensor_emptied",  # test_wire
         *("adapters_drawn", "adapters_not_summed", "adapters_unscaled"),  # test_lora
@@ -39,7 +40,7 @@ def test_every_fault_is_tried() -> None:
     }
     others = {"applied", *elsewhere}
     public = {name for name in made_here if not name.startswith("_")}
-    assert public - others == {fault.__name__ for fault, _ in faults.FAULTS}
+    assert public - others == {fault.__name__ for fault, _ in [*faults.FAULTS, *faults.FSDP_FAULTS]}
 
 
 def test_clipping_is_what_the_configuration_says(workers: Any) -> None:
@@ -85,5 +86,7 @@ def test_bf16_accumulates_in_fp32(workers: Any) -> None:
         ({"zero_stage": 1}, 2),
         ({"zero_stage": 2, "tensor": 2, "sequence_parallel": True}, 4),
         ({"zero_stage": 3}, 1),
+        ({"zero_stage": 1, "engine": "fsdp"}, 2),
+        ({"zero_stage": 3, "engine": "fsdp", "pipeline": 2}, 4),
     ):
         assert error(parallel, processes) < 1.5 * plain, parallel

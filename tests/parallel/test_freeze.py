@@ -45,6 +45,8 @@ def test_frozen_weights_stay_and_the_others_learn(workers: Any) -> None:
         (2, {"zero_stage": 2}),
         (2, {"zero_stage": 3}),
         (4, {"tensor": 2, "zero_stage": 3, "recompute": "full"}),
+        (2, {"engine": "fsdp", "zero_stage": 1}),
+        (4, {"engine": "fsdp", "zero_stage": 3, "pipeline": 2, "recompute": "full"}),
     ],
     ids=str,
 )

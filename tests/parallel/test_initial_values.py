@@ -31,6 +31,7 @@ def test_blocks_hold_what_one_draw_gives(shape: tuple[int, int], monkeypatch: py
         {"tensor": 2, "sequence_parallel": True},
         {"tensor": 2, "zero_stage": 3},
         {"zero_stage": 1},
+        {"zero_stage": 2, "engine": "fsdp"},
         {"pipeline": 2, "tensor": 2},
     ],
     ids=str,

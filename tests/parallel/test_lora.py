@@ -83,6 +83,9 @@ def alone(workers: Any) -> Any:
         (2, {"zero_stage": 1}),
         (2, {"zero_stage": 2}),
         (4, {"tensor": 2, "pipeline": 2}),
+        (2, {"engine": "fsdp", "zero_stage": 3, "recompute": "full"}),
+        (4, {"engine": "fsdp", "zero_stage": 1}),  # more replicas than rows
+        (4, {"engine": "fsdp", "zero_stage": 3, "tensor": 2, "sequence_parallel": True}),
     ],
     ids=str,
 )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.support.compare import check, compare, needs_compiler
-from tests.support.faults import FAULTS
+from tests.support.faults import FAULTS, FSDP, FSDP_FAULTS
 from tests.support.jobs import parity
 from tests.support.layouts import SMALL, VARIANTS, Layout, covering, every_layout
 from tests.support.settings import GLOBAL_BATCH, config
@@ -23,6 +23,16 @@ CANDIDATES = [
     layout for layout in every_layout() if layout.tensor < 4 and (layout.replicas > 1 or layout.zero_stage in (0, 3))
 ]
 LAYOUTS = covering(CANDIDATES, CHOSEN)
+# The other engine changes where parameters are and when gradients are reduced: each split, and each stage with it.
+FSDP_LAYOUTS = [
+    *dict.fromkeys(layout for _, layout in FSDP_FAULTS),  # right without their fault
+    FSDP._replace(zero_stage=2, recompute="selective"),
+    FSDP._replace(pipeline=2, virtual_pipeline=2, zero_stage=3),
+    FSDP._replace(pipeline=2, zero_stage=2, recompute="full", policy="subset"),
+    FSDP._replace(pipeline=2, virtual_pipeline=2, recompute="full", tie_embeddings=True),
+    FSDP._replace(pipeline=2, virtual_pipeline=2, zero_stage=2, policy="suffix"),
+    FSDP._replace(tensor=2, sequence_parallel=True, zero_stage=2, recompute="selective", tie_embeddings=True),
+]
 
 
 def test_the_selection_shows_every_value_and_pair() -> None:
@@ -32,7 +42,7 @@ def test_the_selection_shows_every_value_and_pair() -> None:
     assert {layout[:6] for layout in LAYOUTS} >= {layout[:6] for layout in CANDIDATES}  # splits under ZeRO stages
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *FSDP_LAYOUTS], ids=str)
 def test_layout_equals_one_process(workers: Any, layout: Layout) -> None:
     compare(workers, layout.processes, layout.settings())
 
@@ -40,6 +50,18 @@ def test_layout_equals_one_process(workers: Any, layout: Layout) -> None:
 @pytest.mark.parametrize("zero", [2, 3])
 def test_reducing_beside_the_backward_pass_equals_one_process(workers: Any, zero: int) -> None:
     compare(workers, 2, config(model=SMALL, parallel={"zero_stage": zero, "overlap_comm": True}))
+
+
+@pytest.mark.parametrize(
+    ("layout", "model"),
+    [
+        (FSDP._replace(tensor=2, zero_stage=2), {"num_kv_heads": 1}),  # fewer KV heads than tensor ranks
+        (FSDP._replace(replicas=4, zero_stage=3), {"hidden_size": 40}),  # rows that the replicas do not divide
+    ],
+    ids=str,
+)
+def test_other_sizes_equal_one_process(workers: Any, layout: Layout, model: dict[str, int]) -> None:
+    compare(workers, layout.processes, layout.settings(model=model))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: next(iter(v)))
@@ -69,6 +91,7 @@ COMPILED: list[tuple[Layout, int]] = [
     (Layout(), 2),
     (Layout(recompute="selective"), GLOBAL_BATCH),
     (Layout(replicas=2, zero_stage=3, recompute="full"), 2),
+    (FSDP._replace(zero_stage=3, recompute="selective"), 2),
     (Layout(pipeline=2, recompute="full"), 2),
     (Layout(tensor=2, sequence_parallel=True, recompute="selective"), 2),
 ]

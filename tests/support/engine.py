@@ -66,11 +66,12 @@ def assign_full(engine: Any, run: Any, world: Any, weights: dict[str, np.ndarray
 
 def made_teacher(run: Any, world: Any) -> Any:
     """With other weights than the model begins with; None where the run has no teacher."""
+    from skv_dist.parallel.engines.create import create_teacher
     from skv_dist.parallel.teacher import Teacher
 
     if not run.distillation.weight:
         return None
-    engine = frozen_engine(run, world)
+    engine = create_teacher(run, world.device)
     other = run.train.model_copy(update={"seed": run.train.seed + 1})
     assign_initial_values(engine, run.model_copy(update={"train": other}))
     return Teacher(engine, run.distillation.weight)

@@ -99,6 +99,47 @@ def drawn_again_in_recompute() -> Any:
     return mock.patch.object(RoutedLayer, "forward", wrong)
 
 
+def gathered_parameters_kept() -> Any:
+    """FSDP, stages 1 and 2: behind an update the next batch goes on with the weights from before it."""
+    from skv_dist.parallel.engines.fully_sharded import FullySharded
+
+    return mock.patch.object(FullySharded, "reshard", _nothing)
+
+
+def late_reduction_left_out() -> Any:
+    """FSDP, stage 1: an update without the gradients that were summed for it."""
+    from skv_dist.parallel.engines.fully_sharded import FullySharded
+
+    return mock.patch.object(FullySharded, "reduce", _nothing)
+
+
+def passes_without_end() -> Any:
+    """FSDP: nothing follows a forward without gradient."""
+    from skv_dist.parallel.engines.fully_sharded import FullySharded
+
+    return mock.patch.object(FullySharded, "_end", _nothing)
+
+
+def sharded_gradients_not_summed_over_tensor_ranks() -> Any:
+    """FSDP: what hooks did to the parameters that it replaces is left out."""
+    from skv_dist.parallel.engines.fsdp import FsdpEngine
+
+    return mock.patch.object(FsdpEngine, "_sum_over_tensor_ranks", _nothing)
+
+
+def norm_of_own_rows() -> Any:
+    """FSDP: the gradient norm leaves out what other replicas hold."""
+    from skv_dist.parallel.engines.fsdp import FsdpEngine
+
+    right = FsdpEngine.__init__
+
+    def wrong(self: Any, *args: Any, **given: Any) -> None:
+        right(self, *args, **given)
+        self._norm_groups = self._norm_groups[:1]
+
+    return mock.patch.object(FsdpEngine, "__init__", wrong)
+
+
 def micro_batch_dropped() -> Any:
     from skv_dist.parallel import run_batch as step
 
@@ -309,4 +350,14 @@ FAULTS = [
     (tied_gradient_left_out, Layout(replicas=2, zero_stage=1, pipeline=2, tie_embeddings=True)),
     (tied_weight_not_refreshed, Layout(pipeline=2, tie_embeddings=True)),
     (gradients_reduced_as_they_arrive, Layout(replicas=2, zero_stage=2)),  # compiled
+]
+FSDP = Layout(replicas=2, engine="fsdp", zero_stage=1)
+FSDP_FAULTS = [
+    (sharded_gradients_not_summed_over_tensor_ranks, FSDP._replace(tensor=2)),
+    (sharded_gradients_not_summed_over_tensor_ranks, FSDP._replace(tensor=2, sequence_parallel=True, zero_stage=3)),
+    (norm_of_own_rows, FSDP),
+    (borrowed_kv_detached, FSDP._replace(zero_stage=3, recompute="full", tie_embeddings=True)),
+    (received_kv_detached, FSDP._replace(pipeline=2, zero_stage=3)),
+    (tied_gradient_left_out, FSDP._replace(pipeline=2, tie_embeddings=True)),
+    (tied_weight_not_refreshed, FSDP._replace(pipeline=2, tie_embeddings=True)),
 ]

@@ -30,6 +30,7 @@ class Layout(NamedTuple):
     recompute: str = "none"
     policy: str = "r_cla"
     tie_embeddings: bool = False
+    engine: str = "deepspeed"
 
     @property
     def processes(self) -> int:
@@ -38,7 +39,7 @@ class Layout(NamedTuple):
     @property
     def parallel(self) -> dict[str, Any]:
         """The section of the configuration. The number of replicas follows from that of processes."""
-        keys = ("tensor", "sequence_parallel", "pipeline", "virtual_pipeline", "zero_stage")
+        keys = ("tensor", "sequence_parallel", "pipeline", "virtual_pipeline", "engine", "zero_stage")
         return {key: getattr(self, key) for key in keys}
 
     def settings(self, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -58,12 +59,12 @@ class Layout(NamedTuple):
         parts = [f"{name}{size}" for name, size in sizes.items() if size > 1]
         if self.sequence_parallel:
             parts.insert(1, "SP")
-        parts += [f"ZeRO{self.zero_stage}", self.recompute, self.policy]
+        parts += [("FSDP" if self.engine == "fsdp" else "ZeRO") + str(self.zero_stage), self.recompute, self.policy]
         return "-".join([*parts, "tied"] if self.tie_embeddings else parts)
 
 
-def every_layout(most_processes: int = 4) -> Iterator[Layout]:
-    """The whole product, few processes first."""
+def every_layout(most_processes: int = 4, engine: str = "deepspeed") -> Iterator[Layout]:
+    """The whole product for one engine, few processes first; for ``fsdp`` those in which it is the engine."""
     splits = [
         (tensor * pipeline * replicas, tensor, sp, pipeline, virtual, replicas)
         for tensor, sp in ((1, False), (2, False), (2, True), (4, False), (4, True))
@@ -76,8 +77,12 @@ def every_layout(most_processes: int = 4) -> Iterator[Layout]:
         for zero_stage, recompute, policy, tied in itertools.product(
             range(4), ("none", "selective", "full"), ("r_cla", "none", "suffix", "cla", "subset"), (False, True)
         ):
-            layout = Layout(*split, zero_stage, recompute, policy, tied)
-            if zero_stage < 3 or layout.pipeline == 1:
+            layout = Layout(*split, zero_stage, recompute, policy, tied, engine)
+            if engine == "fsdp":
+                supported = zero_stage > 0 and layout.replicas > 1
+            else:
+                supported = zero_stage < 3 or layout.pipeline == 1
+            if supported:
                 yield layout
 
 

@@ -98,10 +98,11 @@ def test_the_guard_ends_a_run_with_one_line(workers: Any, text: Path, tmp_path: 
     assert lines[-1]["skipped"] >= 1
 
 
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_skipped_update_leaves_nothing_behind(workers: Any, zero: int) -> None:
+@pytest.mark.parametrize(("zero", "engine"), [*((zero, "deepspeed") for zero in range(4)), (1, "fsdp"), (3, "fsdp")])
+def test_a_skipped_update_leaves_nothing_behind(workers: Any, zero: int, engine: str) -> None:
     dense: dict[str, Any] = {"model": SMALL, "routing": {"policy": "none", "cross_prob": 0.0}}
-    checks, norm = workers(2)(parity.skip_update, config(parallel={"zero_stage": zero}, **dense))[0]
+    parallel = {"zero_stage": zero, "engine": engine}
+    checks, norm = workers(2)(parity.skip_update, config(parallel=parallel, **dense))[0]
     assert checks == [True, True, True, True]
     single = config(parallel={"zero_stage": 0}, **dense)
     assert norm == pytest.approx(workers(1)(parity.skip_update, single)[0][1], rel=1e-5)
@@ -112,10 +113,20 @@ def test_a_signal_within_a_step_ends_the_run_after_that_step(workers: Any) -> No
     assert workers(1)(steps_until_sigterm_within, settings, 3)[0] == (3, "SIGTERM")
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_host_does_not_read_the_device_while_it_launches_a_step(workers: Any, compiled: bool) -> None:
-    given = config(parallel={"zero_stage": 0}, train={"compile": compiled})
-    assert workers(1)(host_reads, given)[0] == 0
+@pytest.mark.parametrize(
+    ("processes", "parallel", "compiled"),
+    [
+        (1, {"zero_stage": 0}, False),
+        (1, {"zero_stage": 0}, True),
+        (2, {"zero_stage": 1, "engine": "fsdp"}, False),
+        (2, {"zero_stage": 3, "engine": "fsdp"}, False),
+    ],
+)
+def test_the_host_does_not_read_the_device_while_it_launches_a_step(
+    workers: Any, processes: int, parallel: dict[str, Any], compiled: bool
+) -> None:
+    given = config(parallel=parallel, train={"compile": compiled})
+    assert workers(processes)(host_reads, given) == [0] * processes
 
 
 def test_steps_before_unreadable_data_are_recorded(workers: Any) -> None:

@@ -5,16 +5,14 @@ backward that it did not start itself, as pipeline schedules need. Plain data pa
 one replica has nothing to shard.
 """
 
-from collections.abc import Sequence
-
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from skv_dist.config.run import RunConfig
-from skv_dist.parallel.engines.base import Engine, Quantity, StepOutcome
+from skv_dist.parallel.engines.base import Quantity
 from skv_dist.parallel.engines.compiled_adamw import CompiledAdamW
 from skv_dist.parallel.engines.gradient_sums import Gradients, GradientSums
+from skv_dist.parallel.engines.masters import MasterEngine
 from skv_dist.parallel.engines.optimizer import build_optimizer
 from skv_dist.parallel.engines.tied import TiedHead
 from skv_dist.parallel.initial_values import local_initial_values
@@ -26,13 +24,13 @@ def _master(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     return parameter if parameter.dtype == torch.float32 else torch.nn.Parameter(parameter.detach().float())
 
 
-class ReplicatedEngine(Engine):
-    """fp32 weights ("masters"), and gradients summed in fp32. Nothing in a step waits for the device."""
+class ReplicatedEngine(MasterEngine):
+    """Gradients are summed in fp32, over micro-batches and then over replicas."""
 
     def __init__(self, run: RunConfig, device: torch.device, *, initialize: bool) -> None:
         self.model = build_local_model(run, device)
         self._clip = run.optimizer.clip_grad_norm
-        self._model_group = parallel_state.get_model_parallel_group()
+        self._norm_groups = [parallel_state.get_model_parallel_group()]
         named = list(self.model.trainable())
         self.unset = set() if initialize else set(self.model.parameters())
         with torch.no_grad():
@@ -46,56 +44,21 @@ class ReplicatedEngine(Engine):
         self._compiled: CompiledAdamW | None = None
         if run.train.compile:
             self._compiled = CompiledAdamW(self.optimizer, [(name, self._master_of[p], p) for name, p in named])
-        # The gradient norm counts a parameter once: on every tensor-parallel rank where it is split, else on the first.
-        is_first = parallel_state.get_tensor_model_parallel_rank() == 0
-        self._counted = [p for _, p in named if is_first or p.tensor_model_parallel]  # type: ignore[attr-defined]
         self.tied = TiedHead(self.model, run)
         self.tied.refresh()
 
-    def set_clip_grad_norm(self, limit: float) -> None:
-        self._clip = limit
+    def _take_gradients(self) -> Gradients:
+        return self._gradients.take(any_dtype=self._compiled is not None)
 
-    @torch.no_grad()
-    def _update(self, skip_update: torch.Tensor | bool) -> StepOutcome:
-        gradients = self._gradients.take(any_dtype=self._compiled is not None)
-        norm = self._norm(gradients)
-        applied = norm.isfinite() & ~torch.as_tensor(skip_update, device=norm.device)
-        scale = torch.ones_like(norm) if self._clip <= 0 else ((norm + 1e-6) / self._clip).clamp(min=1.0)
+    def _apply(self, gradients: Gradients, scale: torch.Tensor, applied: torch.Tensor) -> None:
         if self._compiled is not None:
             self.prepare_moments()
             self._compiled.step(gradients, scale, applied)
-        else:
-            self._fused_step(gradients, scale, applied)
-        return StepOutcome(norm, applied)
-
-    def _norm(self, gradients: Gradients) -> torch.Tensor:
-        # torch's `get_total_norm` would round each parameter's norm to the dtype of its gradient.
-        norms = torch._foreach_norm([gradients[parameter] for parameter in self._counted], dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        if self._model_group.size() > 1:
-            norm.square_()
-            dist.all_reduce(norm, group=self._model_group)
-            norm.sqrt_()
-        return norm
-
-    def _fused_step(self, gradients: Gradients, scale: torch.Tensor, applied: torch.Tensor) -> None:
-        for parameter, master in self._master_of.items():
-            master.grad = gradients[parameter]
-        # As torch's GradScaler tells a fused optimizer, on the device, to divide gradients and to skip an update.
-        self.optimizer.grad_scale, self.optimizer.found_inf = scale, (~applied).float()
-        self.optimizer.step()
-        for master in self._master_of.values():
-            master.grad = None
+            return
+        self._fused_step(gradients, scale, applied)
         working_copies: list[torch.Tensor] = [p for p, master in self._master_of.items() if master is not p]
         if working_copies:
             torch._foreach_copy_(working_copies, [self._master_of[p] for p in working_copies])  # type: ignore[index]
-
-    def _masters(self) -> Sequence[torch.Tensor]:
-        return list(self._master_of.values())
-
-    def _stored(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
-        master = self._master_of[parameter]
-        return master if quantity is Quantity.WEIGHT else self.optimizer.state[master][quantity.value]
 
     def read(self, parameter: torch.nn.Parameter, quantity: Quantity) -> torch.Tensor:
         return self._stored(parameter, quantity).detach() if parameter.requires_grad else parameter.detach().float()

@@ -5,6 +5,8 @@ first stage once a step, where one more backward adds it to the embedding's. So 
 gradient norm counts it once, and every ZeRO stage takes its gradient the usual way.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -19,9 +21,15 @@ class TiedHead:
 
     Args:
         model: the chunks of this rank.
+        whole: gives the embedding's weight [v, h], in the precision of the run, where an engine has sharded it.
     """
 
-    def __init__(self, model: LocalModel, run: RunConfig) -> None:
+    def __init__(
+        self,
+        model: LocalModel,
+        run: RunConfig,
+        whole: Callable[[torch.nn.Parameter], torch.Tensor] = lambda weight: weight.detach(),
+    ) -> None:
         chunks = model.routed_chunks()
         first, last = chunks[0], chunks[-1]
         self._group = None
@@ -35,7 +43,7 @@ class TiedHead:
         self._first_stage, self._last_stage = ranks[0], ranks[-1]
         self._owns = first.has_embedding
         if self._owns:
-            self._weight: torch.Tensor = first.embedding.weight
+            self._embedding, self._whole = first.embedding, whole
             return
         config = last.config
         rows = last.output_layer.output_size_per_partition
@@ -55,14 +63,16 @@ class TiedHead:
     def refresh(self) -> None:
         """Carry the weight to the last stage. Collective over both."""
         if self._group is not None:
-            dist.broadcast(self._weight.detach(), self._first_stage, group=self._group)
+            weight = self._whole(self._embedding.weight) if self._owns else self._weight.detach()
+            dist.broadcast(weight, self._first_stage, group=self._group)
 
     def gradient(self) -> torch.Tensor | None:
         """The head's part of the gradient since the last call, fp32, on the first stage. Collective over both."""
         if self._group is None or not self._learns:
             return None
         if self._owns:
-            gradient = torch.empty(self._weight.shape, dtype=torch.float32, device=self._weight.device)
+            weight = self._embedding.weight
+            gradient = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
             dist.broadcast(gradient, self._last_stage, group=self._group)
             return gradient
         dist.broadcast(self._gradient, self._last_stage, group=self._group)

@@ -94,7 +94,6 @@ def skip_update(settings: dict[str, Any]) -> tuple[list[bool], float]:
         unchanged = all(np.array_equal(before[name], after[name]) for name in before)
         backward(1)
         clean = engine.step()
-        backward(1)
         moved = engines.full_weights(engine, run)
         changed = any(not np.array_equal(before[name], moved[name]) for name in before)
         return [unchanged, not outcome.applied, bool(clean.applied), changed], float(clean.grad_norm)
