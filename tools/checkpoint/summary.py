@@ -24,7 +24,7 @@ def summary(checkpoint: Path) -> dict[str, str]:
 
 def _layout(settings: dict[str, Any]) -> str:
     """The settings of ``parallel`` that say something."""
-    return ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, False, 1))
+    return ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, False, 1, "deepspeed"))
 
 
 def tensor_list(checkpoint: Path) -> list[str]:
