@@ -18,7 +18,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from skv_dist.config.model import ModelConfig
 from skv_dist.model.gradients import keep_in_graph
+from skv_dist.model.norm import AllHeadsNorm
 from skv_dist.model.projection import QkvLinear
 from skv_dist.model.rotary import rotate
 
@@ -101,10 +103,22 @@ class RoutedSelfAttention(SelfAttention):
     recompute_core = False
     value_norm_eps: float | None = None  # of a norm without weight on each head's values, where the block has one
 
+    def apply_style(self, model: ModelConfig) -> None:
+        """Make of plain attention that of the block that ``model`` describes."""
+        if model.block_style.value_norm:
+            self.value_norm_eps = model.norm_eps
+        if model.score_factor is not None:
+            self.core_attention.softmax_scale = model.score_factor
+        if model.block_style.qk_norm_over == "all_heads":
+            width, eps = self.hidden_size_per_attention_head, model.norm_eps
+            heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+            self.q_layernorm = AllHeadsNorm(self.config, heads, width, eps, self.tp_group)
+            self.k_layernorm = AllHeadsNorm(self.config, groups, width, eps, self.tp_group)
+
     def forward(
         self,
         hidden: torch.Tensor,
-        rotary: torch.Tensor,
+        rotary: torch.Tensor | None,
         mask: Any,
         borrowed: KV | None,
         lends: bool,
@@ -114,7 +128,7 @@ class RoutedSelfAttention(SelfAttention):
 
         Args:
             hidden: [s, b, h], or [s/t, b, h] with sequence parallelism.
-            rotary: see `skv_dist.model.rotary.rotary_table`.
+            rotary: see `skv_dist.model.rotary.rotary_table`; None where positions do not rotate.
             mask: see `SdpaCoreAttention`.
             borrowed: K/V of the source layer; None to use this layer's own.
             lends: whether a later layer reads this layer's own K/V.
@@ -161,7 +175,7 @@ class RoutedSelfAttention(SelfAttention):
             return query, ()
         # The norm of one key that is zero hands its weight the zero gradient. It must hang on an input with a gradient:
         # ZeRO-3 counts on the hook that it puts there, and replicas with other routes would fall out of step.
-        return self.q_layernorm(query), (self.k_layernorm(0 * query[:1, :1, :1]),)
+        return self.q_layernorm(query), (self.k_layernorm(0 * query[:1, :1, :groups]),)
 
     def _core(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
         return self.core_attention(

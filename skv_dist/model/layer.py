@@ -7,7 +7,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from skv_dist.config.blocks import BlockStyle
+from skv_dist.config.model import ModelConfig
 from skv_dist.model.attention import KV
 from skv_dist.model.norm import RMSNorm
 from skv_dist.model.swiglu import swiglu
@@ -28,25 +28,23 @@ class RoutedLayer(TransformerLayer):
         # Norms of what attention and MLP add to the residual stream, where the block has them (`apply_style`).
         self.post_attention_norm: torch.nn.Module = torch.nn.Identity()
         self.post_mlp_norm: torch.nn.Module = torch.nn.Identity()
+        self.residual_scale = 1.0
 
-    def apply_style(self, style: BlockStyle, eps: float) -> None:
-        """Make of the plain block the one that ``style`` describes.
-
-        Args:
-            eps: of the norms that the style adds.
-        """
-        if style.post_norms:
-            self.post_attention_norm = RMSNorm(self.config, self.config.hidden_size, eps)
-            self.post_mlp_norm = RMSNorm(self.config, self.config.hidden_size, eps)
-        if style.value_norm:
-            self.self_attention.value_norm_eps = eps
-        if style.score_scale is not None:
-            self.self_attention.core_attention.softmax_scale = style.score_scale
+    def apply_style(self, model: ModelConfig) -> None:
+        """Make of the plain block the one that ``model`` describes."""
+        style, eps, width = model.block_style, model.norm_eps, self.config.hidden_size
+        if not style.norms_before:
+            self.input_layernorm = self.pre_mlp_layernorm = torch.nn.Identity()
+        if style.norms_behind:
+            self.post_attention_norm = RMSNorm(self.config, width, eps)
+            self.post_mlp_norm = RMSNorm(self.config, width, eps)
+        self.residual_scale = model.residual_scale
+        self.self_attention.apply_style(model)
 
     def forward(
         self,
         hidden: torch.Tensor,
-        rotary: torch.Tensor,
+        rotary: torch.Tensor | None,
         mask: Any,
         borrowed: KV | None,
         lends: bool,
@@ -59,7 +57,7 @@ class RoutedLayer(TransformerLayer):
         normed = self.input_layernorm(hidden)
         attended, bias, own = self.self_attention(normed, rotary, mask, borrowed, lends, extend)
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        hidden = add((self.post_attention_norm(attended), bias), hidden, self.hidden_dropout)
+        hidden = add(self._addend(self.post_attention_norm, attended, bias), hidden, self.hidden_dropout)
 
         normed = self.pre_mlp_layernorm(hidden)
         if self.recompute_mlp_region and self.training:
@@ -67,10 +65,20 @@ class RoutedLayer(TransformerLayer):
         else:
             transformed, bias = self._feed_forward(normed)
         add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
-        return add((self.post_mlp_norm(transformed), bias), hidden, self.hidden_dropout), own
+        return add(self._addend(self.post_mlp_norm, transformed, bias), hidden, self.hidden_dropout), own
+
+    def _addend(
+        self, norm: torch.nn.Module, output: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What goes to the residual stream: an output [s, b, h], and a bias that Megatron adds to it."""
+        if bias is not None and not (isinstance(norm, torch.nn.Identity) and self.residual_scale == 1):
+            output, bias = output + bias, None  # norm and scale are of the sum
+        normed = norm(output)
+        return (normed if self.residual_scale == 1 else normed * self.residual_scale), bias
 
     def _feed_forward(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self.compiled_swiglu:
             return self.mlp(normed)
-        joint, _ = self.mlp.linear_fc1(normed)
+        joint, bias = self.mlp.linear_fc1(normed)
+        joint = joint if bias is None else joint + bias
         return self.mlp.linear_fc2(swiglu(joint))

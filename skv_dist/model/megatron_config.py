@@ -1,6 +1,7 @@
 """Our configuration in Megatron-core's terms."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from skv_dist.errors import UserError
 from skv_dist.model.attention import RoutedSelfAttention, SdpaCoreAttention
 from skv_dist.model.layer import RoutedLayer
 from skv_dist.model.norm import LayerNorm, RMSNorm
-from skv_dist.model.projection import QkvLinear
+from skv_dist.model.projection import QkvLinear, with_bias
 
 _ACTIVATIONS = {"swiglu": F.silu, "geglu": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -129,7 +130,19 @@ def layer_spec(model: ModelConfig, impl: str) -> ModuleSpec:
         attention.submodules.linear_qkv = QkvLinear
         if model.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
+        _add_biases(attention.submodules, spec.submodules.mlp.submodules, model.biases)
     return spec
+
+
+def _add_biases(attention: Any, mlp: Any, biases: Sequence[str]) -> None:
+    """Give the linear modules of a spec the biases that ``model.biases`` names."""
+    for bias, modules, names in (
+        ("qkv", attention, ["linear_qkv"]),
+        ("attention_output", attention, ["linear_proj"]),
+        ("mlp", mlp, ["linear_fc1", "linear_fc2"]),
+    ):
+        for name in names if bias in biases else ():
+            setattr(modules, name, with_bias(getattr(modules, name)))
 
 
 def norm_class(model: ModelConfig) -> Any:

@@ -1,6 +1,12 @@
 """Norms for the local spec. Megatron's own wrapper refuses sequence parallelism; these mark their weights for it."""
 
+from typing import Any
+
 import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
@@ -18,6 +24,33 @@ class LayerNorm(torch.nn.LayerNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device(config))
         _mark(self, config)
+
+
+class AllHeadsNorm(torch.nn.Module):
+    """Root-mean-square norm over all heads together, of which this rank has some: OLMo 2's q/k-norm.
+
+    Args:
+        heads: on this rank.
+        width: of a head.
+        group: the tensor-parallel ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, heads: int, width: int, eps: float, group: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(heads * width, dtype=config.params_dtype, device=_device(config)))
+        self._eps, self._group = eps, group
+
+    def forward(self, heads: torch.Tensor) -> torch.Tensor:
+        """[s, b, heads, d] -> the same shape and dtype"""
+        states = heads.flatten(-2).float()
+        total = states.square().sum(-1, keepdim=True)
+        if self._group.size() > 1:
+            # Each rank's heads depend on the sum, so its gradient is summed over the ranks as the sum itself is.
+            total = copy_to_tensor_model_parallel_region(
+                reduce_from_tensor_model_parallel_region(total, group=self._group), group=self._group
+            )
+        mean = total / (states.shape[-1] * self._group.size())
+        return (states * (mean + self._eps).rsqrt()).to(heads.dtype).mul(self.weight).view(heads.shape)
 
 
 def _device(config: TransformerConfig) -> torch.device | None:

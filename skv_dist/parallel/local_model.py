@@ -167,7 +167,8 @@ def add_gradient_sums(model: LocalModel, run: RunConfig) -> None:
         return summed.to(grad.dtype)
 
     for name, parameter in model.trainable():
-        sees_some_heads = "q_layernorm" in name or "k_layernorm" in name
-        sees_some_rows = is_adapter(name) and isinstance(split_of(name, run), Replicated)
+        is_whole = isinstance(split_of(name, run), Replicated)
+        sees_some_heads = is_whole and ("q_layernorm" in name or "k_layernorm" in name)
+        sees_some_rows = is_whole and is_adapter(name)
         if sees_some_heads or sees_some_rows or getattr(parameter, "sequence_parallel", False):
             parameter.register_hook(sum_over_ranks)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from skv_dist.routing import map_from_cached_layers
+from skv_dist.routing.kinds import Kinds
 
 Table = tuple[int, ...]
 
@@ -26,6 +27,7 @@ class Measured:
         measure: gives the summed loss of each sequence under each of some maps, float64 [n]; called once for each map.
         counts: predictions that count in each sequence, [n].
         known: what was measured before.
+        kinds: of the layers; None where they are of one kind.
     """
 
     def __init__(
@@ -34,10 +36,15 @@ class Measured:
         measure: Callable[[Sequence[Table]], Sequence[np.ndarray]],
         counts: np.ndarray,
         known: Mapping[Table, np.ndarray] | None = None,
+        kinds: Kinds | None = None,
     ) -> None:
-        self.num_layers = num_layers
+        self.num_layers, self.kinds = num_layers, kinds
         self._measure, self._counts = measure, np.asarray(counts, dtype=np.float64)
         self._sums = dict(known or {})
+
+    def is_one_kind(self, layer: int, other: int) -> bool:
+        """Whether the two layers may share K/V."""
+        return self.kinds is None or self.kinds[layer] == self.kinds[other]
 
     @property
     def num_measured(self) -> int:
@@ -84,7 +91,7 @@ class Measured:
 
     def table_of(self, layers: Iterable[int]) -> Table:
         """The map in which ``layers`` keep a cache, by the deployment rule."""
-        return map_from_cached_layers(self.num_layers, layers)
+        return map_from_cached_layers(self.num_layers, layers, self.kinds)
 
     def loss_of(self, layers: Iterable[int]) -> float:
         return self.loss(self.table_of(layers))

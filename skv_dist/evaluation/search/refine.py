@@ -42,7 +42,8 @@ def with_free_sources(measured: Measured, table: Table) -> Table:
     for layer in reversed(range(len(table))):
         if table[layer] == layer:
             continue
-        offers = [(*table[:layer], owner, *table[layer + 1 :]) for owner in owners if owner < layer]
+        possible = [owner for owner in owners if owner < layer and measured.is_one_kind(owner, layer)]
+        offers = [(*table[:layer], owner, *table[layer + 1 :]) for owner in possible]
         measured.prepare(offers)
         best = min(offers, key=measured.loss)
         if _is_better(measured, best, table):
