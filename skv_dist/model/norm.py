@@ -42,7 +42,7 @@ class AllHeadsNorm(torch.nn.Module):
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
         """[s, b, heads, d] -> the same shape and dtype"""
-        states = heads.flatten(-2).float()
+        states = heads.flatten(-2).to(torch.promote_types(heads.dtype, torch.float32))
         total = states.square().sum(-1, keepdim=True)
         if self._group.size() > 1:
             # Each rank's heads depend on the sum, so its gradient is summed over the ranks as the sum itself is.
@@ -50,7 +50,7 @@ class AllHeadsNorm(torch.nn.Module):
                 reduce_from_tensor_model_parallel_region(total, group=self._group), group=self._group
             )
         mean = total / (states.shape[-1] * self._group.size())
-        return (states * (mean + self._eps).rsqrt()).to(heads.dtype).mul(self.weight).view(heads.shape)
+        return (states * (mean + self._eps).rsqrt() * self.weight).to(heads.dtype).view(heads.shape)
 
 
 def _device(config: TransformerConfig) -> torch.device | None:

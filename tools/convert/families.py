@@ -14,6 +14,7 @@ from .fields import (
     layers_without_rope,
     number,
     only,
+    original_context,
     score_scale,
     window_by_layer,
     window_everywhere,
@@ -31,6 +32,7 @@ class Family:
             gives have their defaults.
         block: ``model.block`` of its models.
         rope_types: that it has, by the names that it gives them.
+        rope_by_kind: whether it has rotary settings for each kind of layer.
         joined: its weights that hold several of those that others have, one above the other.
     """
 
@@ -38,6 +40,7 @@ class Family:
     says: tuple[Said, ...]
     block: str = "llama"
     rope_types: Mapping[str, str] = field(default_factory=lambda: ALL_TYPES)
+    rope_by_kind: bool = False
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -70,9 +73,15 @@ FAMILIES: dict[str, Family] = {  # by ``model_type``; a model is exported as the
         ),
     ),
     "olmo2": Family("Olmo2ForCausalLM", (always(qk_norm=True), biases(**_ATTENTION_BIAS)), block="olmo2"),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        (always(qk_norm=True), biases(**_ATTENTION_BIAS), window_by_layer(asked_by=None)),
+        block="olmo2",
+        rope_by_kind=True,
+    ),
     "phi3": Family(
         "Phi3ForCausalLM",
-        (*_NO_BIAS, window_everywhere()),
+        (*_NO_BIAS, window_everywhere(), original_context()),
         rope_types={"default": "default", "longrope": "longrope", "su": "longrope"},
         joined={
             "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

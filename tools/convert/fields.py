@@ -112,26 +112,34 @@ def window_everywhere() -> Said:
     return Said(read, write, ("sliding_window",))
 
 
-def window_by_layer() -> Said:
-    """A window in the layers of ``layer_types``, if ``use_sliding_window`` says so: Qwen2, Qwen3, SmolLM3."""
+def window_by_layer(asked_by: str | None = "use_sliding_window") -> Said:
+    """A window in the layers of ``layer_types``.
+
+    Args:
+        asked_by: a field that says whether there is one at all; None where there always is, whatever its size: such
+            layers may differ in more than that.
+    """
 
     def read(config: Config) -> dict[str, Any]:
         kinds = config.get("layer_types") or []
         if any(kind not in (_SLIDING, _FULL) for kind in kinds):
             refuse(config, "layer_types", f"{_FULL} and {_SLIDING}")
-        window = _window(config) if config.get("use_sliding_window") else None
+        window = config.get("sliding_window") if asked_by is None else _window(config) if config.get(asked_by) else None
         layers = [layer for layer, kind in enumerate(kinds) if kind == _SLIDING]
         if layers and config.get("sliding_window") is None:
-            refuse(config, "layer_types", f"{_SLIDING} with use_sliding_window true and a sliding_window")
+            refuse(
+                config, "layer_types", f"{_SLIDING} with a sliding_window{f' and {asked_by} true' if asked_by else ''}"
+            )
         return {"sliding_window": window if layers else None, "sliding_layers": layers if window is not None else []}
 
     def write(model: ModelConfig) -> Config:
         slides = model.sliding_window is not None
         kinds = [_SLIDING if kind.is_sliding else _FULL for kind in model.layer_kinds]
-        said = {"sliding_window": model.sliding_window, "use_sliding_window": slides}
-        return {**said, "layer_types": kinds} if slides else said
+        said = {"sliding_window": model.sliding_window, **({asked_by: slides} if asked_by else {})}
+        return {**said, "layer_types": kinds} if slides or asked_by is None else said
 
-    return Said(read, write, ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"))
+    fields = ("sliding_window", "max_window_layers", "layer_types")
+    return Said(read, write, (*fields, asked_by) if asked_by else fields)
 
 
 def layers_without_rope() -> Said:
@@ -139,11 +147,20 @@ def layers_without_rope() -> Said:
 
     def read(config: Config) -> dict[str, Any]:
         rotates = config["no_rope_layers"][: config["num_hidden_layers"]]
-        if len(rotates) < config["num_hidden_layers"]:
-            refuse(config, "no_rope_layers", "an entry for each layer")
         return {"no_rope_layers": [layer for layer, rotary in enumerate(rotates) if not rotary]}
 
     def write(model: ModelConfig) -> Config:
         return {"no_rope_layers": [int(kind.has_rope) for kind in model.layer_kinds]}
 
     return Said(read, write, ("no_rope_layers", "no_rope_layer_interval"))
+
+
+def original_context() -> Said:
+    """Phi-3's field beside the rotary settings, which wins over the one among them (`rope_fields.read_rope`)."""
+    name = "original_max_position_embeddings"
+
+    def write(model: ModelConfig) -> Config:
+        scaling = model.rope_scaling
+        return {name: model.max_position_embeddings if scaling is None else scaling.original_max_position_embeddings}
+
+    return Said(lambda config: {}, write, (name,))

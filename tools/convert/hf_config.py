@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from skv_dist.config.blocks import OPTIONS, BlockStyle
+from skv_dist.config.blocks import BlockStyle
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError, cause_in_one_line
 
 from .blocks import BLOCKS, Map
 from .families import FAMILIES, Family
 from .fields import refuse
-from .rope_fields import read_rope, write_rope
+from .rope_fields import read_rope, read_rope_by_kind, write_rope
 
 OUR_MODEL_TYPE = "skv"  # of a folder that carries code of ours
 _OUR_MODULE, _OUR_MLX_FILE = "modeling_skv", "mlx_skv.py"
@@ -86,6 +86,7 @@ def model_section(config: dict[str, Any]) -> dict[str, Any]:
     family = FAMILIES[config["model_type"]]
     _refuse_what_we_lack(config, family)
     heads = config["num_attention_heads"]
+    rope = read_rope_by_kind if family.rope_by_kind else read_rope
     section = {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -99,7 +100,7 @@ def model_section(config: dict[str, Any]) -> dict[str, Any]:
         "tie_embeddings": bool(config.get("tie_word_embeddings")),
         "init_std": config.get("initializer_range", 0.02),
         "block": family.block,
-        **read_rope(config, family.rope_types, config.get(_DEFAULT_THETA, 10000.0)),
+        **rope(config, family.rope_types, config.get(_DEFAULT_THETA, 10000.0)),
     }
     for said in family.says:
         section |= said.read(config)
@@ -146,7 +147,10 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"config.json: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
-    given = {field: config[field] for field in (*_NEEDED, *_DEFAULTED, *family.fields) if field in config}
+    if len(config.get("no_rope_layers") or range(_LARGEST)) < config["num_hidden_layers"]:
+        refuse(config, "no_rope_layers", "an entry for each layer")
+    by_kind = _ROPE if family.rope_by_kind else ()  # transformers says which of them holds for which kind
+    given = {field: config[field] for field in (*_NEEDED, *_DEFAULTED, *family.fields, *by_kind) if field in config}
     try:
         made = CONFIG_MAPPING[model_type](**given)
         defaults = made.to_dict()
@@ -155,9 +159,12 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     whole = {field: defaults[field] for field in (*_DEFAULTED, *family.fields) if field in defaults}
     # Of what a family says the architecture has the last word: it makes layer_types of other fields, for one.
     decided = {field: whole[field] for field in family.fields if field in whole and config.get(field) is None}
+    if by_kind:
+        return {**whole, **config, **decided, "rope_parameters": made.rope_parameters}
     return {_DEFAULT_THETA: float(made.default_theta), **whole, **config, **decided}
 
 
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
 _DEFAULT_THETA = "default_theta"  # of an architecture, where config.json says nothing of rotary positions
 
 
@@ -177,45 +184,6 @@ def check_exportable(model: ModelConfig) -> None:
     for key, wanted in (("norm", "rmsnorm"), ("activation", BLOCKS[model.block].activation)):
         if getattr(model, key) != wanted:
             raise UserError(f"model.{key} is '{getattr(model, key)}', but engines are given '{wanted}' only")
-
-
-def stock_architecture(model: ModelConfig, asked: str | None) -> str:
-    """The ``model_type`` of `FAMILIES` that a model which shares nothing is exported as: of those whose config.json
-    reads as this model again, the one that is asked for, or the first.
-
-    Raises:
-        UserError: ``asked`` is another, or there is none.
-    """
-    lacking = {name: _not_said(name, model) for name in FAMILIES}
-    possible = [name for name, keys in lacking.items() if not keys]
-    if not possible:
-        nearest = min(lacking, key=lambda name: len(lacking[name]))
-        key = lacking[nearest][0]
-        raise UserError(
-            f"no architecture of transformers that is known here has these layers: the nearest, {nearest}, cannot say "
-            f"model.{key} {getattr(model, key)!r}; --adaptive exports the model with code of ours"
-        )
-    if asked is not None and asked not in possible:
-        key = lacking[asked][0]
-        raise UserError(
-            f"--architecture {asked} does not have these layers, as it cannot say model.{key} {getattr(model, key)!r}: "
-            f"this model can be {' or '.join(possible)}"
-        )
-    return asked or possible[0]
-
-
-def _not_said(model_type: str, model: ModelConfig) -> list[str]:
-    """The keys in which the config.json of a family would be read as another model."""
-    try:
-        section = model_section({**hf_config(model, "float32", {}), **stock_fields(model_type, model)})
-    except UserError:
-        return ["rope_scaling"]  # all else can be written, if only as something else
-    read = ModelConfig.model_validate(section)
-    return [key for key in _SAID if getattr(read, key) != getattr(model, key)]
-
-
-# What config.json must say of a model. Its sizes are said by all architectures alike.
-_SAID = ("block", "qk_norm", "rope_theta", "rope_scaling", *OPTIONS)
 
 
 def hf_config(model: ModelConfig, dtype: str, special: dict[str, Any]) -> dict[str, Any]:
@@ -245,18 +213,6 @@ def hf_config(model: ModelConfig, dtype: str, special: dict[str, Any]) -> dict[s
         "dtype": dtype,
         **special,
     }
-
-
-def stock_fields(model_type: str, model: ModelConfig) -> dict[str, Any]:
-    """Of a model that shares nothing and is said to be of a family."""
-    family = FAMILIES[model_type]
-    fields: dict[str, Any] = {"architectures": [family.architecture], "model_type": model_type}
-    if model.rope_scaling is not None and "original_max_position_embeddings" in write_rope(model):
-        # Where a class has such a field of its own (Phi-3), it wins over the one among the rotary settings.
-        fields["original_max_position_embeddings"] = model.rope_scaling.original_max_position_embeddings
-    for said in family.says:
-        fields |= said.write(model)
-    return fields
 
 
 def shared_fields(

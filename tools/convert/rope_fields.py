@@ -61,6 +61,34 @@ def read_rope(config: Config, types: Mapping[str, str], default_theta: float) ->
     return {"rope_theta": theta, "rope_scaling": {"type": kind, **_SETTINGS[kind](settings, config)}}
 
 
+def read_rope_by_kind(config: Config, types: Mapping[str, str], default_theta: float) -> dict[str, Any]:
+    """As `read_rope`, and ``sliding_rope_theta``, where ``rope_parameters`` has settings for each kind of layer.
+
+    Raises:
+        UserError: also where layers with a window have a scaling of their own.
+    """
+    settings = config.get("rope_parameters") or {}
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(kind), dict) for kind in KINDS):
+        refuse(config, "rope_parameters", f"an object with {' and '.join(KINDS)}")
+    full, sliding = (
+        read_rope({**config, "rope_scaling": None, "rope_parameters": settings[kind]}, types, default_theta)
+        for kind in KINDS
+    )
+    if full["rope_scaling"] is not None and not full["rope_scaling"].get("truncate", True):
+        raise UserError("config.json: truncate is False, which transformers does not read here: leave it out")
+    if sliding == full:
+        return {**full, "sliding_rope_theta": None}
+    if sliding["rope_scaling"] is not None:
+        raise UserError(
+            f"config.json: rope_type of {KINDS[1]} is {sliding['rope_scaling']['type']!r}, but only 'default', or all "
+            f"that {KINDS[0]} has, can be converted"
+        )
+    return {**full, "sliding_rope_theta": sliding["rope_theta"]}
+
+
+KINDS = ("full_attention", "sliding_attention")
+
+
 def _needed(settings: Config, kind: str, *names: str) -> dict[str, Any]:
     for name in names:
         if settings.get(name) is None:
@@ -146,3 +174,11 @@ def write_rope(model: ModelConfig) -> Config:
     given = {key: getattr(scaling, key) for key in _WRITTEN[scaling.type]}
     said = {_THEIRS.get(key, key): value for key, value in given.items() if value is not None}
     return {"rope_type": scaling.type, "rope_theta": model.rope_theta, **said}
+
+
+def write_rope_by_kind(model: ModelConfig) -> Config:
+    """``rope_parameters`` with settings for each kind of layer."""
+    full = write_rope(model)
+    if model.sliding_rope_theta is None:
+        return dict.fromkeys(KINDS, full)
+    return dict(zip(KINDS, (full, {"rope_type": "default", "rope_theta": model.sliding_rope_theta})))

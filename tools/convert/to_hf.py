@@ -29,11 +29,10 @@ from .hf_config import (
     check_exportable,
     hf_config,
     shared_fields,
-    stock_architecture,
-    stock_fields,
 )
 from .names import Entry, entries, is_left_out, split
 from .progress import Progress
+from .stock import stock_architecture, stock_fields
 from .tokenizer import save_tokenizer
 
 MODELS = Path(models.__file__).parent  # holds `CODE`

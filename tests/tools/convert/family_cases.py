@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from tests.tools.convert.hf_models import LLAMA3, make
 
-_LAYERS, _LENGTH = 4, 48  # layers of the models, and tokens that they are compared on
+_LAYERS = 4
 _THETA = {"rope_theta": 10000.0}
 _YARN = {"rope_type": "yarn", **_THETA, "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 4.0}
 _LONGROPE = {
@@ -14,6 +14,8 @@ _LONGROPE = {
     "long_factor": [2.0, 4.0, 6.0, 8.0],
     "original_max_position_embeddings": 32,
 }
+_PLAIN = {"rope_type": "default", **_THETA}
+_BY_KIND = {"full_attention": _YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}
 _BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
@@ -35,7 +37,7 @@ CASES = {
     "llama-linear": Case("llama", {"rope_parameters": {"rope_type": "linear", **_THETA, "factor": 3.0}}),
     "llama-dynamic": Case(
         "llama",
-        {"rope_parameters": {"rope_type": "dynamic", **_THETA, "factor": 3.0}, "max_position_embeddings": 32},
+        {"rope_parameters": {"rope_type": "dynamic", **_THETA, "factor": 3.0}, "max_position_embeddings": 64},
     ),
     "llama-llama3": Case("llama", {"rope_parameters": LLAMA3, "attention_bias": True}),
     "llama-yarn": Case("llama", {"rope_parameters": _YARN}),
@@ -76,6 +78,16 @@ CASES = {
     "granite-biases": Case("granite", {**_BIASES, "residual_multiplier": 0.5, "attention_multiplier": 0.3}),
     "olmo2": Case("olmo2", {}),
     "olmo2-biases": Case("olmo2", {"attention_bias": True, "rope_parameters": _YARN}),
+    "olmo3": Case("olmo3", {"rope_parameters": _BY_KIND, "sliding_window": 8}),
+    "olmo3-all": Case(
+        "olmo3",
+        {
+            "rope_parameters": {"full_attention": _PLAIN, "sliding_attention": _PLAIN},
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "attention_bias": True,
+        },
+    ),
     "phi3": Case("phi3", {}),
     "phi3-windows": Case("phi3", {"sliding_window": 8}),
     "phi3-longrope": Case("phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32}),

@@ -43,9 +43,9 @@ def make(
         "tie_word_embeddings": tied,
         "rms_norm_eps": 1e-6,
         "rope_parameters": LLAMA3 if scaled else {"rope_type": "default", "rope_theta": 10000.0},
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
     }
     if kind == "mistral":
         sizes["sliding_window"] = None
