@@ -21,6 +21,8 @@ OPTIONS = (
     "residual_scale",
     "score_scale",
     "logit_divisor",
+    "score_cap",
+    "logit_cap",
 )
 """Keys of the ``model`` section whose defaults are the plain block. Engines that know the plain block only look here
 for what they would leave out."""
@@ -34,6 +36,7 @@ class BlockStyle:
         norms: where attention and MLP are normed: what goes in (``before``), what is added to the residual stream
             (``behind``), or ``both``.
         qk_norm_over: what ``model.qk_norm`` norms: each ``head``, or the queries (the keys) of ``all_heads`` together.
+        norm_offset: what is added to the weights of norms.
         value_norm: a norm without weight on each head's values.
         score_scale: factor on attention scores; None for 1 / sqrt(head width).
         scaled_embedding: the embedding is multiplied by sqrt(hidden_size).
@@ -44,6 +47,7 @@ class BlockStyle:
 
     norms: Literal["before", "behind", "both"] = "before"
     qk_norm_over: Literal["head", "all_heads"] = "head"
+    norm_offset: float = 0.0
     value_norm: bool = False
     score_scale: float | None = None
     scaled_embedding: bool = False
@@ -69,6 +73,15 @@ BLOCK_STYLES: dict[str, BlockStyle] = {
         qk_norm_over="all_heads",
         local_only=True,
         needs={"norm": "rmsnorm", "activation": "swiglu", "qk_norm": True},
+    ),
+    # Gemma 2 (arXiv 2408.00118) and, with qk_norm, Gemma 3: transformers' `Gemma2DecoderLayer`, `Gemma3DecoderLayer`.
+    "gemma": BlockStyle(
+        norms="both",
+        norm_offset=1.0,
+        scaled_embedding=True,
+        local_only=True,
+        needs={"norm": "rmsnorm", "activation": "geglu"},
+        lacks=("embedding_scale",),
     ),
     # Gemma 4's block in its plain form: transformers' `Gemma4TextDecoderLayer` without per-layer inputs, experts and
     # sliding windows.

@@ -71,7 +71,7 @@ class ModelConfig(Section):
     """Number added under the root in all norms."""
 
     activation: Literal["swiglu", "geglu", "gelu"] = "swiglu"
-    """Activation of the MLP. skv-convert exports swiglu, and geglu with block gemma4.
+    """Activation of the MLP. skv-convert exports swiglu, and geglu with blocks gemma and gemma4.
 
     - swiglu: SiLU(gate) times up.
     - geglu: GELU(gate) times up, GELU in its tanh approximation.
@@ -121,6 +121,13 @@ class ModelConfig(Section):
     logit_divisor: float = Field(default=1.0, gt=0)
     """Number by which logits are divided, as in Granite."""
 
+    score_cap: float | None = Field(default=None, gt=0)
+    """Attention scores x become cap * tanh(x / cap), as in Gemma 2. Takes memory for all scores at once. null: as they
+    are."""
+
+    logit_cap: float | None = Field(default=None, gt=0)
+    """Logits x become cap * tanh(x / cap), as in Gemma 2. null: as they are."""
+
     tie_embeddings: bool = False
     """Whether the head uses the weight of the embedding. If their pipeline stages differ, the head's stage holds a copy
     and their gradients are added up."""
@@ -133,12 +140,14 @@ class ModelConfig(Section):
     """Probability with which an activation is dropped while training. It applies to the embedding and to what attention
     and MLP add to the residual stream. 0: no dropout."""
 
-    block: Literal["llama", "olmo2", "gemma4"] = "llama"
+    block: Literal["llama", "olmo2", "gemma", "gemma4"] = "llama"
     """Which family's layers these are.
 
     - llama: norms in front of attention and MLP, as Llama, Qwen, Mistral, SmolLM3, Granite and Phi-3 have.
     - olmo2: OLMo 2's block: norms behind attention and MLP and none in front, q/k-norms over all heads. Needs norm
       rmsnorm, activation swiglu and qk_norm true.
+    - gemma: Gemma 2's block, and Gemma 3's with qk_norm: norms in front and behind whose weights are counted from 1,
+      and the embedding times sqrt(hidden_size). Needs norm rmsnorm and activation geglu.
     - gemma4: Gemma 4's block in its plain form: norms also behind attention and MLP, normed values, scores that are not
       scaled, and the embedding times sqrt(hidden_size). Needs norm rmsnorm, activation geglu, qk_norm true and no
       rope_scaling. Stock engines load its exports where the last layers share one cache."""
@@ -176,11 +185,6 @@ class ModelConfig(Section):
         """Those of `OPTIONS` by which this model departs from the plain block."""
         given = {key: getattr(self, key) for key in OPTIONS}
         return {key: value for key, value in given.items() if value != type(self).model_fields[key].default}
-
-    @property
-    def embedding_factor(self) -> float:
-        """What the embedding is multiplied by."""
-        return self.hidden_size**0.5 if self.block_style.scaled_embedding else self.embedding_scale
 
     @property
     def score_factor(self) -> float | None:

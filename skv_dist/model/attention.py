@@ -19,6 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from skv_dist.config.model import ModelConfig
+from skv_dist.model.capped import capped_attention
 from skv_dist.model.gradients import keep_in_graph
 from skv_dist.model.norm import AllHeadsNorm
 from skv_dist.model.projection import QkvLinear
@@ -58,6 +59,7 @@ class SdpaCoreAttention(MegatronModule):
         super().__init__(config=config)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.score_cap: float | None = None  # set by `RoutedSelfAttention.apply_style`
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **_: object
@@ -72,7 +74,11 @@ class SdpaCoreAttention(MegatronModule):
         if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
             from skv_dist.model.documents import flex_attention
 
-            out = flex_attention(query, key, value, attention_mask, grouped, self.softmax_scale)
+            out = flex_attention(query, key, value, attention_mask, grouped, self.softmax_scale, self.score_cap)
+        elif self.score_cap is not None:
+            dropout = self.dropout if self.training else 0.0
+            with self._dropout_rng(dropout):
+                out = capped_attention(query, key, value, attention_mask, self.softmax_scale, self.score_cap, dropout)
         else:
             dropout = self.dropout if self.training else 0.0
             with self._dropout_rng(dropout):
@@ -109,6 +115,8 @@ class RoutedSelfAttention(SelfAttention):
             self.value_norm_eps = model.norm_eps
         if model.score_factor is not None:
             self.core_attention.softmax_scale = model.score_factor
+        if model.score_cap is not None:
+            self.core_attention.score_cap = model.score_cap
         if model.block_style.qk_norm_over == "all_heads":
             width, eps = self.hidden_size_per_attention_head, model.norm_eps
             heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 from skv_dist.model.attention import KV
+from skv_dist.model.compiled import compile_layers
 from skv_dist.model.cross_entropy import vocab_parallel_cross_entropy
 from skv_dist.model.distillation import vocab_parallel_distillation
 from skv_dist.model.gradients import contiguous_gradient
 from skv_dist.model.kv_cache import KvCache
-from skv_dist.model.megatron_config import layer_spec, norm_class, transformer_config, transformer_impl
+from skv_dist.model.megatron_config import layer_spec, transformer_config, transformer_impl
+from skv_dist.model.norm import norm_class
 from skv_dist.model.places import Places, places_of
 from skv_dist.model.rotary import RotaryTables
 from skv_dist.routing import RoutePlan
@@ -113,29 +114,8 @@ class RoutedChunk(MegatronModule):
         return list(self.layers.values())
 
     def compile_layers(self) -> None:
-        """Compile each layer on its own: the graph of a step changes with every route table, a layer's does not."""
-        # Megatron warns of a deprecated argument inside its own row-parallel linear, which would cut the graph.
-        # What the function returns never changes.
-        torch.compiler.assume_constant_result(get_tensor_model_parallel_group_if_none)
-        # One variant each: own K/V, borrowed on this stage, or from another; lent or not; training, in a region to be
-        # recomputed, or evaluating. Another route table needs no other variants.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        for layer in self.routed_layers():
-            if self.tp_size > 1:
-                self._keep_collectives_eager(layer)
-            layer.compiled_swiglu = self._model.activation == "swiglu"
-            layer.forward = torch.compile(layer.forward, dynamic=False)
-
-    def _keep_collectives_eager(self, layer: Any) -> None:
-        """Leave to Megatron what talks to other ranks: it waits for its collectives by handles, which the compiler does
-        not follow. Traced, they give wrong gradients without an error (torch 2.11) or fail (2.13).
-        """
-        for module in layer.modules():
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                module.forward = torch.compiler.disable(module.forward)
-        if self._model.num_kv_heads < self.tp_size:  # projections are gathered before they are split into heads
-            attention = layer.self_attention
-            attention.get_query_key_value_tensors = torch.compiler.disable(attention.get_query_key_value_tensors)
+        """See `skv_dist.model.compiled.compile_layers`."""
+        compile_layers(self.routed_layers(), self._model, self.tp_size)
 
     def forward(
         self,
@@ -196,15 +176,20 @@ class RoutedChunk(MegatronModule):
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[b, s] -> what the first layer takes in, [s/t, b, h]."""
         hidden = self.embedding(tokens)
-        if self._model.embedding_factor != 1:
-            factor = torch.tensor(self._model.embedding_factor, dtype=torch.float32)  # rounded, as transformers does
-            hidden = hidden * factor.to(hidden.dtype).item()
+        if (factor := self._embedding_factor(hidden.dtype)) != 1:
+            hidden = hidden * factor
         if not self.config.sequence_parallel:
             hidden = hidden.transpose(0, 1).contiguous()  # [b, s, h] -> [s, b, h]; with SP the scatter does it
         if self.training and not hidden.requires_grad and self._learns():
             # Behind a frozen embedding a recomputed layer would see no input with a gradient, and train nothing.
             hidden.requires_grad_()
         return torch.nn.functional.dropout(hidden, self.config.hidden_dropout, self.training)
+
+    def _embedding_factor(self, dtype: torch.dtype) -> float:
+        if not self._model.block_style.scaled_embedding:
+            return self._model.embedding_scale
+        factor = torch.tensor(self._model.hidden_size**0.5, dtype=torch.float32)
+        return float(factor.to(dtype))  # rounded, as transformers does
 
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
@@ -294,6 +279,8 @@ class RoutedChunk(MegatronModule):
             hidden = hidden / self._model.logit_divisor  # as far as logits are concerned; they are many more numbers
         weight = self.embedding.weight if self.tie_embeddings and self.has_embedding else self.tied_weight
         logits, _ = self.output_layer(hidden, weight=weight)  # [s, b, v]
+        if self._model.logit_cap is not None:
+            logits = self._model.logit_cap * torch.tanh(logits / self._model.logit_cap)
         if labels is None and not gather:
             return logits
         if labels is None:

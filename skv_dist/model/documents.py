@@ -55,8 +55,20 @@ def _compiled_flex() -> Any:
     return torch.compile(attention, dynamic=False)  # uncompiled, it would build the whole score matrix
 
 
+@cache
+def _capped_scores(cap: float) -> Callable[..., torch.Tensor]:
+    return lambda score, b, h, q, k: cap * torch.tanh(score / cap)
+
+
 def flex_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, grouped: bool, scale: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    grouped: bool,
+    scale: float | None,
+    cap: float | None = None,
 ) -> torch.Tensor:
-    """[b, q, s, d] under a block mask, grouped queries without repeating heads."""
-    return _compiled_flex()(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)
+    """[b, q, s, d] under a block mask, grouped queries without repeating heads. ``cap``: ``model.score_cap``."""
+    change = None if cap is None else _capped_scores(cap)
+    return _compiled_flex()(query, key, value, score_mod=change, block_mask=mask, scale=scale, enable_gqa=grouped)

@@ -18,7 +18,7 @@ from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 from skv_dist.model.attention import RoutedSelfAttention, SdpaCoreAttention
 from skv_dist.model.layer import RoutedLayer
-from skv_dist.model.norm import LayerNorm, RMSNorm
+from skv_dist.model.norm import norm_class
 from skv_dist.model.projection import QkvLinear, with_bias
 
 _ACTIVATIONS = {"swiglu": F.silu, "geglu": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
@@ -143,7 +143,3 @@ def _add_biases(attention: Any, mlp: Any, biases: Sequence[str]) -> None:
     ):
         for name in names if bias in biases else ():
             setattr(modules, name, with_bias(getattr(modules, name)))
-
-
-def norm_class(model: ModelConfig) -> Any:
-    return RMSNorm if model.norm == "rmsnorm" else LayerNorm

@@ -9,6 +9,8 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from skv_dist.config.model import ModelConfig
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """Root-mean-square norm over the last axis."""
@@ -18,12 +20,28 @@ class RMSNorm(torch.nn.RMSNorm):
         _mark(self, config)
 
 
+class OffsetRMSNorm(RMSNorm):
+    """`RMSNorm` whose weights are counted from 1, as Gemma's: a weight of 0 leaves the normed numbers as they are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = 1.0 + self.weight.to(wide)
+        return torch.nn.functional.rms_norm(x.to(wide), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
 class LayerNorm(torch.nn.LayerNorm):
     """Mean-and-variance norm over the last axis, with bias."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device(config))
         _mark(self, config)
+
+
+def norm_class(model: ModelConfig) -> type[torch.nn.Module]:
+    """Of all norms but `AllHeadsNorm`."""
+    if model.norm == "layernorm":
+        return LayerNorm
+    return OffsetRMSNorm if model.block_style.norm_offset else RMSNorm
 
 
 class AllHeadsNorm(torch.nn.Module):

@@ -32,7 +32,7 @@ def test_shipped_shapes_are_bases(shape: Path, tmp_path: Path) -> None:
         f"base: {shape}\ndata: {{sequence_length: 64, sources: [{{path: x, format: text}}]}}\n"
         "train: {steps: 1, output_dir: x, global_batch_size: 1, micro_batch_size: 1}\noptimizer: {lr: 1e-4}\n"
     )
-    assert load_config(own).model.qk_norm == shape.name.startswith(("qwen3", "olmo", "gemma4"))
+    assert load_config(own).model.qk_norm == shape.name.startswith(("qwen3", "olmo", "gemma-3", "gemma4"))
 
 
 def test_the_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:

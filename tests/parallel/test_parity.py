@@ -48,7 +48,7 @@ def test_model_variants_equal_one_process(workers: Any, variant: dict[str, dict[
     compare(workers, 2, split.settings(**variant))
 
 
-@pytest.mark.parametrize("variant", VARIANTS[-2:], ids=lambda v: next(iter(v["model"])))
+@pytest.mark.parametrize("variant", VARIANTS[-3:], ids=["gemma", "olmo2", "options"])
 def test_families_over_stages_equal_one_process(workers: Any, variant: dict[str, dict[str, Any]]) -> None:
     compare(workers, 2, Layout(pipeline=2, zero_stage=1, recompute="selective").settings(**variant))
 

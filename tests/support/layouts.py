@@ -15,6 +15,17 @@ VARIANTS: list[dict[str, dict[str, Any]]] = [
         "optimizer": {"lr": 1e-3},  # with the others' it runs away, and rounding with it
     },
     {"data": {"reset_attention": True}},
+    {
+        "model": {
+            "block": "gemma",
+            "activation": "geglu",
+            "score_cap": 3.0,
+            "logit_cap": 5.0,
+            "sliding_layers": [0, 1],
+            "sliding_window": 5,
+        },
+        "optimizer": {"lr": 1e-3},
+    },
     {"model": {"block": "olmo2", "biases": ["attention_output"], "residual_scale": 0.5}},
     {
         "model": {

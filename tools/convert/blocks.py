@@ -122,15 +122,21 @@ _OLMO2 = BlockFormat(
     activation_field=("hidden_act", "silu"),
 )
 
+_GEMMA_NORMS = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "pre_mlp_layernorm": "pre_feedforward_layernorm",
+    "post_mlp_norm": "post_feedforward_layernorm",
+}
+
+_GEMMA = BlockFormat(
+    norms=_GEMMA_NORMS, activation="geglu", activation_field=("hidden_activation", "gelu_pytorch_tanh")
+)
+
 # What Gemma 4 adds to each layer from an embedding of its own is of width 1 and zero here, so that it adds nothing:
 # stock transformers 5.23 cannot do without it where layers share K/V (its `_maybe_slice_kv_shared_inputs`).
 _GEMMA4 = BlockFormat(
-    norms={
-        "input_layernorm": "input_layernorm",
-        "post_attention_norm": "post_attention_layernorm",
-        "pre_mlp_layernorm": "pre_feedforward_layernorm",
-        "post_mlp_norm": "post_feedforward_layernorm",
-    },
+    norms=_GEMMA_NORMS,
     activation="geglu",
     activation_field=("hidden_activation", "gelu_pytorch_tanh"),
     layer_constants=(
@@ -151,4 +157,4 @@ _GEMMA4 = BlockFormat(
     ),
 )
 
-BLOCKS = {"llama": _LLAMA, "olmo2": _OLMO2, "gemma4": _GEMMA4}  # by ``model.block``
+BLOCKS = {"llama": _LLAMA, "olmo2": _OLMO2, "gemma": _GEMMA, "gemma4": _GEMMA4}  # by ``model.block``

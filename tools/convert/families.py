@@ -49,6 +49,12 @@ class Family:
 
 
 _ATTENTION_BIAS = {"qkv": "attention_bias", "attention_output": "attention_bias"}
+_OF_GEMMA = (
+    biases(**_ATTENTION_BIAS),
+    score_scale("query_pre_attn_scalar", -0.5),
+    number("final_logit_softcapping", "logit_cap"),
+    only("use_bidirectional_attention", False),
+)
 _NO_BIAS = only("attention_bias", False), only("mlp_bias", False)
 
 FAMILIES: dict[str, Family] = {  # by ``model_type``; a model is exported as the first that can say it
@@ -77,6 +83,27 @@ FAMILIES: dict[str, Family] = {  # by ``model_type``; a model is exported as the
         "Olmo3ForCausalLM",
         (always(qk_norm=True), biases(**_ATTENTION_BIAS), window_by_layer(asked_by=None)),
         block="olmo2",
+        rope_by_kind=True,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        (
+            always(activation="geglu"),
+            *_OF_GEMMA,
+            number("attn_logit_softcapping", "score_cap"),
+            window_by_layer(asked_by=None),
+        ),
+        block="gemma",
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        (
+            always(activation="geglu", qk_norm=True),
+            *_OF_GEMMA,
+            only("attn_logit_softcapping", None),
+            window_by_layer(asked_by=None),
+        ),
+        block="gemma",
         rope_by_kind=True,
     ),
     "phi3": Family(

@@ -77,14 +77,25 @@ def biases(**by_projection: str | bool) -> Said:
     return Said(read, write, tuple(fields))
 
 
-def score_scale(field: str) -> Said:
-    """A factor on attention scores that is always said."""
+def score_scale(field: str, exponent: float = 1.0) -> Said:
+    """A factor on attention scores that is always said.
+
+    Args:
+        exponent: the factor is the field to this power; where it is another than 1, the field is a whole number.
+    """
 
     def read(config: Config) -> dict[str, Any]:
+        if config[field] is None or config[field] <= 0:
+            refuse(config, field, "a number above 0")
         plain = (config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]) ** -0.5
-        return {"score_scale": None if config[field] == plain else config[field]}
+        scale = config[field] if exponent == 1 else config[field] ** exponent
+        return {"score_scale": None if scale == plain else scale}
 
-    return Said(read, lambda model: {field: model.score_factor or model.kv_channels**-0.5}, (field,))
+    def write(model: ModelConfig) -> Config:
+        scale = model.score_factor or model.kv_channels**-0.5
+        return {field: scale if exponent == 1 else round(scale ** (1 / exponent))}
+
+    return Said(read, write, (field,))
 
 
 def _window(config: Config) -> int | None:

@@ -40,7 +40,14 @@ _NEEDED = (
     "rms_norm_eps",
 )
 # Where config.json does not say, transformers' own defaults hold, which differ between the architectures.
-_DEFAULTED = ("num_key_value_heads", "head_dim", "hidden_act", "tie_word_embeddings", "initializer_range")
+_DEFAULTED = (
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "tie_word_embeddings",
+    "initializer_range",
+)
 _FIELDS = {  # of config.json, by key of the model section
     "num_layers": "num_hidden_layers",
     "ffn_hidden_size": "intermediate_size",
@@ -58,6 +65,7 @@ class _Given(BaseModel):
 
     architectures: list[str] | None = None
     hidden_act: str | None = None
+    hidden_activation: str | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     num_key_value_heads: int | None = Field(default=None, le=_LARGEST)
@@ -74,6 +82,10 @@ class _Given(BaseModel):
     residual_multiplier: float | None = None
     attention_multiplier: float | None = None
     logits_scaling: float | None = None
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    use_bidirectional_attention: bool | None = None
     original_max_position_embeddings: int | None = Field(default=None, gt=0, le=_LARGEST)
 
 
@@ -172,8 +184,9 @@ def _refuse_what_we_lack(config: dict[str, Any], family: Family) -> None:
     """Raises UserError naming the first field that our model cannot represent."""
     if config.get("architectures") and family.architecture not in config["architectures"]:
         refuse(config, "architectures", family.architecture)
-    if config.get("hidden_act") not in ("silu", "swish"):
-        refuse(config, "hidden_act", "'silu'")
+    field, activation = BLOCKS[family.block].activation_field
+    if {"swish": "silu"}.get(config[field], config[field]) != activation:
+        refuse(config, field, repr(activation))
     for field in ("quantization_config", "compression_config"):
         if config.get(field):
             raise UserError(f"config.json: {field} says that the weights are quantized: only plain ones are converted")
@@ -228,6 +241,7 @@ def shared_fields(
         "architectures": ["SkvForCausalLM"],
         "model_type": OUR_MODEL_TYPE,
         **CODE_FIELDS,
+        "hidden_act": BLOCKS[model.block].activation_field[1],
         "qk_norm": model.qk_norm,
         **({"block": block} if (block := block_fields(model)) else {}),
         "kv_source_layers": list(sources),
@@ -239,7 +253,7 @@ def shared_fields(
 def block_fields(model: ModelConfig) -> dict[str, Any]:
     """In what a model departs from the plain block, for code of ours: an engine refuses what it does not know."""
     style, plain = model.block_style, BlockStyle()
-    departs = {name: getattr(style, name) for name in ("norms", "qk_norm_over")}
+    departs = {name: getattr(style, name) for name in ("norms", "norm_offset", "qk_norm_over", "scaled_embedding")}
     return {**{name: value for name, value in departs.items() if value != getattr(plain, name)}, **model.options}
 
 

@@ -38,6 +38,8 @@ def stock_architecture(model: ModelConfig, asked: str | None) -> str:
 
 def _not_said(model_type: str, model: ModelConfig) -> list[str]:
     """The keys in which the config.json of a family would be read as another model."""
+    if FAMILIES[model_type].block != model.block:
+        return ["block"]
     try:
         section = model_section({**hf_config(model, "float32", {}), **stock_fields(model_type, model)})
     except UserError:
@@ -47,7 +49,7 @@ def _not_said(model_type: str, model: ModelConfig) -> list[str]:
 
 
 # What config.json must say of a model. Its sizes are said by all architectures alike.
-_SAID = ("block", "qk_norm", "rope_theta", "rope_scaling", *OPTIONS)
+_SAID = ("block", "activation", "qk_norm", "rope_theta", "rope_scaling", *OPTIONS)
 
 
 def stock_fields(model_type: str, model: ModelConfig) -> dict[str, Any]:

@@ -16,6 +16,8 @@ _LONGROPE = {
 }
 _PLAIN = {"rope_type": "default", **_THETA}
 _BY_KIND = {"full_attention": _YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}
+_CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
+_MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 _BIASES = {"attention_bias": True, "mlp_bias": True}
 
 
@@ -88,6 +90,9 @@ CASES = {
             "attention_bias": True,
         },
     ),
+    "gemma2": Case("gemma2", {**_CAPS, "query_pre_attn_scalar": 12, "sliding_window": 8, "tied": True}),
+    "gemma2-all": Case("gemma2", {**_CAPS, "attention_bias": True, "layer_types": _MIXED, "sliding_window": 8}),
+    "gemma3": Case("gemma3_text", {"rope_parameters": _BY_KIND, "layer_types": _MIXED, "sliding_window": 8}),
     "phi3": Case("phi3", {}),
     "phi3-windows": Case("phi3", {"sliding_window": 8}),
     "phi3-longrope": Case("phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32}),

@@ -1,6 +1,8 @@
 """Families of models: from a folder of transformers and back, shared, and wrong on purpose."""
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from skv_tools.convert.families import FAMILIES
 from skv_tools.convert.from_hf import from_hf
 
 from skv_dist.config.model import ModelConfig
+from skv_dist.model.chunk import RoutedChunk
 from skv_dist.model.layer import RoutedLayer
-from skv_dist.model.norm import AllHeadsNorm
+from skv_dist.model.norm import AllHeadsNorm, OffsetRMSNorm, RMSNorm
 from skv_dist.routing import map_from_retention
 from tests.tools.convert.family_cases import CASES
 from tests.tools.convert.hf_models import Call, save
@@ -27,9 +30,12 @@ def test_every_family_has_a_case() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_there_and_back_and_shared(call: Call, tmp_path: Path, name: str) -> None:
+def test_there_and_back_and_shared(call: Call, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`from-hf` compares its result with the folder, and `to-hf` the export that shares with the checkpoint, both in
-    transformers and in float64; the one that shares nothing is the folder again, bit by bit."""
+    transformers and in float64; the one that shares nothing is the folder again, bit by bit.
+
+    With FAMILIES_TABLE=FILE in the environment a line for docs/families.md is added to that file.
+    """
     case = CASES[name]
     save(case.model(), tmp_path / "hf")
     ours, back = tmp_path / "ours", tmp_path / "back"
@@ -47,6 +53,12 @@ def test_there_and_back_and_shared(call: Call, tmp_path: Path, name: str) -> Non
     sources = map_from_retention(4, retention, model.layer_kinds)
     assert sources != FULL
     assert call("to-hf", ours, tmp_path / "shared", "--kv-source-layers", *sources) == 0
+    found = re.findall(r"\| transformers \| (\d of \d) \| (\S+) \| (\S+)", capsys.readouterr().out)
+    (_, *imported), (owners, *shared) = found
+    if "FAMILIES_TABLE" in os.environ:
+        largest = [max(figures, key=float) for figures in (imported, shared)]
+        with open(os.environ["FAMILIES_TABLE"], "a", encoding="utf-8") as table:
+            table.write(f"| {name} | {largest[0]} | bit by bit | {owners} | {largest[1]} |\n")
 
 
 def _log_probs(model: Any, tokens: torch.Tensor) -> np.ndarray:
@@ -77,6 +89,14 @@ def _norm_of_each_head(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AllHeadsNorm, "forward", wrong)
 
 
+def _norm_not_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OffsetRMSNorm, "forward", RMSNorm.forward)
+
+
+def _embedding_not_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoutedChunk, "_embedding_factor", lambda self, dtype: 1.0)
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
@@ -98,6 +118,13 @@ def _norm_of_each_head(monkeypatch: pytest.MonkeyPatch) -> None:
         ("granite", {"logit_divisor": 1.0}),
         ("olmo2", _swapped_norms),
         ("olmo2", _norm_of_each_head),
+        ("olmo3", {"sliding_rope_theta": None}),
+        ("gemma2", {"score_cap": None}),
+        ("gemma2", {"logit_cap": None}),
+        ("gemma2", {"score_scale": None}),
+        ("gemma3", {"sliding_rope_theta": 10000.0}),
+        ("gemma3", _norm_not_from_one),
+        ("gemma3", _embedding_not_scaled),
     ],
 )
 def test_wrong_on_purpose_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, wrong: Any) -> None:

@@ -70,7 +70,9 @@ class _Block(_Fields):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    norms: Literal["behind"] | None = None
+    norms: Literal["behind", "both"] | None = None
+    norm_offset: float | None = None
+    scaled_embedding: Literal[True] | None = None
     qk_norm_over: Literal["all_heads"] | None = None
     biases: list[Literal["qkv", "attention_output", "mlp"]] | None = None
     no_rope_layers: list[_Layer] | None = None
@@ -81,6 +83,8 @@ class _Block(_Fields):
     residual_scale: _Positive | None = None
     score_scale: _Positive | None = None
     logit_divisor: _Positive | None = None
+    score_cap: _Positive | None = None
+    logit_cap: _Positive | None = None
 
 
 class _Ours(_Map):
@@ -103,7 +107,7 @@ class _Ours(_Map):
     kv_weight_layers: list[_Layer]
     kv_order: list[_Layer] | None = None
     kv_retention: float | None = None
-    hidden_act: Literal["silu"] = "silu"
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
     bos_token_id: _Token | None = None
