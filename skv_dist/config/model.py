@@ -134,7 +134,7 @@ class ModelConfig(Section):
 
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability with which an attention weight is dropped while training. 0: no dropout. Refused
-    together with data.reset_attention on a GPU, whose kernel for that knows no dropout."""
+    together with data.reset_attention or sliding_window on a GPU, whose kernel for that knows no dropout."""
 
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability with which an activation is dropped while training. It applies to the embedding and to what attention

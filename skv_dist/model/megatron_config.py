@@ -57,10 +57,15 @@ def check_device(run: RunConfig) -> None:
     Raises:
         UserError: naming both keys and the cure.
     """
-    if torch.cuda.is_available() and run.data.reset_attention and run.model.attention_dropout:
+    by_flex = {
+        "data.reset_attention: true": run.data.reset_attention,
+        f"model.sliding_window {run.model.sliding_window}": run.model.sliding_window is not None,
+    }
+    asked = [key for key, is_set in by_flex.items() if is_set]
+    if torch.cuda.is_available() and asked and run.model.attention_dropout:
         raise UserError(
-            f"data.reset_attention: true and model.attention_dropout {run.model.attention_dropout} do not work "
-            "together on a GPU, whose kernel for attention within documents knows no dropout: set "
+            f"{asked[0]} and model.attention_dropout {run.model.attention_dropout} do not work together on a GPU, "
+            "whose kernel for attention within documents or windows knows no dropout: set "
             "model.attention_dropout=0 (and, to go on with an earlier run, name it in checkpoint.allow_changed)"
         )
 

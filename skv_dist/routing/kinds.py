@@ -40,6 +40,6 @@ def _nearest(table: Sequence[int], kinds: Kinds) -> list[int]:
     nearest: list[int] = []
     for layer, source in enumerate(table):
         owners = [owner for owner in range(layer) if nearest[owner] == owner and kinds[owner] == kinds[layer]]
-        right = kinds[source] == kinds[layer] and nearest[source] == source
-        nearest.append(source if right or source == layer else max(owners, default=layer))
+        stays = source == layer or source in owners
+        nearest.append(source if stays else max(owners, default=layer))
     return nearest
