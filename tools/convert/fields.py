@@ -146,8 +146,10 @@ def window_by_layer(asked_by: str | None = "use_sliding_window") -> Said:
     def write(model: ModelConfig) -> Config:
         slides = model.sliding_window is not None
         kinds = [_SLIDING if kind.is_sliding else _FULL for kind in model.layer_kinds]
-        said = {"sliding_window": model.sliding_window, **({asked_by: slides} if asked_by else {})}
-        return {**said, "layer_types": kinds} if slides or asked_by is None else said
+        if asked_by is None:  # transformers wants a window even where no layer has it
+            return {"sliding_window": model.sliding_window or model.max_position_embeddings, "layer_types": kinds}
+        said = {"sliding_window": model.sliding_window, asked_by: slides}
+        return {**said, "layer_types": kinds} if slides else said
 
     fields = ("sliding_window", "max_window_layers", "layer_types")
     return Said(read, write, (*fields, asked_by) if asked_by else fields)

@@ -116,6 +116,8 @@ def model_section(config: dict[str, Any]) -> dict[str, Any]:
     }
     for said in family.says:
         section |= said.read(config)
+    if not section.get("sliding_layers"):
+        section.pop("sliding_rope_theta", None)  # which no layer would read
     try:
         ModelConfig.model_validate(section)
     except ValidationError as error:

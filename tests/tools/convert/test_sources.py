@@ -110,6 +110,11 @@ NEEDED = {
         ),
         ("smollm3", {}, {"no_rope_layers": [], "rope_theta": 2e6, "tie_embeddings": True}),
         ("smollm3", {"no_rope_layer_interval": 2}, {"no_rope_layers": [1]}),
+        (
+            "olmo3",
+            {"layer_types": ["full_attention"] * 2, "rope_parameters": None},
+            {"sliding_window": None, "sliding_layers": [], "rope_theta": 5e5},
+        ),
         ("granite", {}, {"score_scale": 1.0, "embedding_scale": 1.0, "residual_scale": 1.0, "logit_divisor": 1.0}),
         ("phi3", {"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": None, "sliding_window": None}),
         ("llama", {"attention_bias": True}, {"biases": ["qkv", "attention_output"]}),
