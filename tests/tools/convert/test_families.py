@@ -20,7 +20,7 @@ from skv_dist.model.layer import RoutedLayer
 from skv_dist.model.norm import AllHeadsNorm, OffsetRMSNorm, RMSNorm
 from skv_dist.routing import map_from_retention
 from tests.tools.convert.family_cases import CASES
-from tests.tools.convert.hf_models import Call, save
+from tests.tools.convert.hf_models import Call, make, save
 
 FULL = (0, 1, 2, 3)
 
@@ -59,6 +59,41 @@ def test_there_and_back_and_shared(call: Call, tmp_path: Path, name: str, capsys
         largest = [max(figures, key=float) for figures in (imported, shared)]
         with open(os.environ["FAMILIES_TABLE"], "a", encoding="utf-8") as table:
             table.write(f"| {name} | {largest[0]} | bit by bit | {owners} | {largest[1]} |\n")
+
+
+def test_an_engine_refuses_what_it_does_not_carry(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(CASES["qwen2"].model(), tmp_path / "hf")
+    assert call("from-hf", tmp_path / "hf", tmp_path / "ours", "--tokenizer", "byte", "--no-verify") == 0
+    assert call("to-hf", tmp_path / "ours", tmp_path / "out", "--retention", 0.5, "--no-verify") == 0
+    assert "does not carry block.biases." in (tmp_path / "out" / "README.md").read_text()
+    capsys.readouterr()
+    assert call("to-onnx", tmp_path / "out", tmp_path / "onnx") == 2
+    printed = capsys.readouterr().err
+    assert "block.biases is ['qkv'], which the ONNX graph written here does not carry" in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["--kv-source-layers", 0, 0, 2, 3], "the nearest map that may be is 0 1 2 3"),
+        (["--adaptive"], "--adaptive is for models whose layers are of one kind"),
+        (["--architecture", "llama"], "it cannot say model.biases ['qkv']: this model can be qwen2"),
+    ],
+)
+def test_what_kinds_or_families_rule_out_is_refused(
+    call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: list[Any], message: str
+) -> None:
+    options = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    model = make("qwen2", layers=4, use_sliding_window=True, sliding_window=8, **options)
+    from_hf(save(model, tmp_path / "hf"), tmp_path / "ours", "byte")
+    capsys.readouterr()
+    assert call("to-hf", tmp_path / "ours", tmp_path / "out", *asked) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 def _log_probs(model: Any, tokens: torch.Tensor) -> np.ndarray:
