@@ -119,7 +119,7 @@ def plans(arguments: argparse.Namespace, run: RunConfig) -> dict[str, RoutePlan]
 
     named = retention_plans(run)
     for layers in arguments.cached_layers:
-        table = map_from_cached_layers(run.model.num_layers, layers)
+        table = map_from_cached_layers(run.model.num_layers, layers, run.model.layer_kinds)
         named[f"loss@layers {','.join(map(str, sorted(set(layers))))}"] = RoutePlan(table)
     return named
 

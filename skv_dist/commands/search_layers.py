@@ -2,7 +2,7 @@
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from skv_dist.commands import maps
 from skv_dist.commands.arguments import ArgumentParser
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
+from skv_dist.routing.kinds import first_layers
 
 if TYPE_CHECKING:  # torch is imported once the configuration is known to be good
     from skv_dist.evaluation.search.measured import Measured
@@ -83,7 +84,9 @@ def search_layers(argv: list[str]) -> int:
     from skv_dist.evaluation.search.constraints import Constraints
     from skv_dist.evaluation.search.search import search, sizes
 
-    constraints = Constraints.of(run.model.num_layers, arguments.keep, arguments.apart, arguments.stages)
+    layers, kinds = run.model.num_layers, run.model.layer_kinds
+    keep = {*arguments.keep, *first_layers(layers, kinds)}  # which nobody could lend K/V
+    constraints = Constraints.of(layers, keep, arguments.apart, arguments.stages)
     sizes(arguments.budgets, constraints)
 
     from skv_dist.checkpoint.frozen_model import frozen_model
@@ -170,7 +173,7 @@ def _measured(
                 bar.update(len(sums))
             return found
 
-        both.append(Measured(run.model.num_layers, measure, losses.counts, before))
+        both.append(Measured(run.model.num_layers, measure, losses.counts, before, run.model.layer_kinds))
     return both[0], both[1]
 
 
@@ -210,11 +213,18 @@ def _entry(
     from skv_dist.routing import RoutePlan
 
     layers, size = run.model.num_layers, len(found.layers)
-    full, even = tuple(range(layers)), unseen.table_of(layer * layers // size for layer in range(size))
+    needed = first_layers(layers, run.model.layer_kinds)
+
+    def as_many(candidates: Iterable[int]) -> tuple[int, ...]:
+        """So many layers as were found, with those that no map can do without."""
+        return tuple(dict.fromkeys([*needed, *candidates]))[:size]
+
+    full, even = tuple(range(layers)), unseen.table_of(as_many(layer * layers // size for layer in range(size)))
+    first = as_many(range(size))
     draw = random.Random(size)
     others = sorted(set(range(layers)) - {0})
-    sets = [(0, *draw.sample(others, size - 1)) for _ in range(_RANDOM_SETS)]
-    unseen.prepare([full, found.table, even, *map(unseen.table_of, [range(size), *sets])])
+    sets = [as_many((0, *draw.sample(others, size - 1))) for _ in range(_RANDOM_SETS)]
+    unseen.prepare([full, found.table, even, *map(unseen.table_of, [first, *sets])])
     change, beside = unseen.difference(found.table, full), unseen.difference(found.table, even)
     return {
         "budget": found.budget,
@@ -227,7 +237,7 @@ def _entry(
         "rise_error": change.error,
         "searched_rise": seen.difference(found.table, full).mean,
         "evenly_spread": {"loss": unseen.loss(even), "found_less_this": beside.mean, "error": beside.error},
-        "first_layers": {"loss": unseen.loss_of(range(size))},
+        "first_layers": {"loss": unseen.loss_of(first)},
         "random_sets": {"loss": sum(unseen.loss_of(each) for each in sets) / len(sets), "sets": _RANDOM_SETS},
     }
 

@@ -48,6 +48,12 @@ class RunConfig(Section):
                 f"model.num_kv_heads {model.num_kv_heads} and parallel.tensor {parallel.tensor}: "
                 "one must divide the other"
             )
+        if model.block_style.qk_norm_over == "all_heads" and model.num_kv_heads < parallel.tensor:
+            raise UserError(
+                f"model.block '{model.block}', whose q/k-norms are over all heads, and parallel.tensor "
+                f"{parallel.tensor} do not work together where model.num_kv_heads is {model.num_kv_heads}: lower "
+                "parallel.tensor to it"
+            )
         if parallel.sequence_parallel and data.sequence_length % parallel.tensor:
             raise UserError(
                 f"data.sequence_length {data.sequence_length} is not divisible by parallel.tensor "
@@ -171,11 +177,12 @@ class RunConfig(Section):
         Raises:
             UserError: retention is not in (0, 1].
         """
-        return deployment_map(self.routing, self.model.num_layers, retention)
+        return deployment_map(self.routing, self.model.num_layers, retention, self.model.layer_kinds)
 
     def policy(self) -> Policy:
         """The routing policy over the layers of this model."""
-        return build_policy(self.routing, self.model.num_layers, self.stages, self.train.steps or _MANY)
+        model = self.model
+        return build_policy(self.routing, model.num_layers, self.stages, self.train.steps or _MANY, model.layer_kinds)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from skv_dist.config.model import ModelConfig
+from skv_dist.model.capped import capped_attention
 from skv_dist.model.gradients import keep_in_graph
+from skv_dist.model.norm import AllHeadsNorm
 from skv_dist.model.projection import QkvLinear
 from skv_dist.model.rotary import rotate
 
@@ -56,6 +59,7 @@ class SdpaCoreAttention(MegatronModule):
         super().__init__(config=config)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale
+        self.score_cap: float | None = None  # set by `RoutedSelfAttention.apply_style`
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any = None, **_: object
@@ -70,7 +74,11 @@ class SdpaCoreAttention(MegatronModule):
         if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
             from skv_dist.model.documents import flex_attention
 
-            out = flex_attention(query, key, value, attention_mask, grouped, self.softmax_scale)
+            out = flex_attention(query, key, value, attention_mask, grouped, self.softmax_scale, self.score_cap)
+        elif self.score_cap is not None:
+            dropout = self.dropout if self.training else 0.0
+            with self._dropout_rng(dropout):
+                out = capped_attention(query, key, value, attention_mask, self.softmax_scale, self.score_cap, dropout)
         else:
             dropout = self.dropout if self.training else 0.0
             with self._dropout_rng(dropout):
@@ -101,10 +109,24 @@ class RoutedSelfAttention(SelfAttention):
     recompute_core = False
     value_norm_eps: float | None = None  # of a norm without weight on each head's values, where the block has one
 
+    def apply_style(self, model: ModelConfig) -> None:
+        """Make of plain attention that of the block that ``model`` describes."""
+        if model.block_style.value_norm:
+            self.value_norm_eps = model.norm_eps
+        if model.score_factor is not None:
+            self.core_attention.softmax_scale = model.score_factor
+        if model.score_cap is not None:
+            self.core_attention.score_cap = model.score_cap
+        if model.block_style.qk_norm_over == "all_heads":
+            width, eps = self.hidden_size_per_attention_head, model.norm_eps
+            heads, groups = self.num_attention_heads_per_partition, self.num_query_groups_per_partition
+            self.q_layernorm = AllHeadsNorm(self.config, heads, width, eps, self.tp_group)
+            self.k_layernorm = AllHeadsNorm(self.config, groups, width, eps, self.tp_group)
+
     def forward(
         self,
         hidden: torch.Tensor,
-        rotary: torch.Tensor,
+        rotary: torch.Tensor | None,
         mask: Any,
         borrowed: KV | None,
         lends: bool,
@@ -114,7 +136,7 @@ class RoutedSelfAttention(SelfAttention):
 
         Args:
             hidden: [s, b, h], or [s/t, b, h] with sequence parallelism.
-            rotary: see `skv_dist.model.rotary.rotary_table`.
+            rotary: see `skv_dist.model.rotary.rotary_table`; None where positions do not rotate.
             mask: see `SdpaCoreAttention`.
             borrowed: K/V of the source layer; None to use this layer's own.
             lends: whether a later layer reads this layer's own K/V.
@@ -161,7 +183,7 @@ class RoutedSelfAttention(SelfAttention):
             return query, ()
         # The norm of one key that is zero hands its weight the zero gradient. It must hang on an input with a gradient:
         # ZeRO-3 counts on the hook that it puts there, and replicas with other routes would fall out of step.
-        return self.q_layernorm(query), (self.k_layernorm(0 * query[:1, :1, :1]),)
+        return self.q_layernorm(query), (self.k_layernorm(0 * query[:1, :1, :groups]),)
 
     def _core(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
         return self.core_attention(

@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
-from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
 from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 from skv_dist.model.attention import KV
+from skv_dist.model.compiled import compile_layers
 from skv_dist.model.cross_entropy import vocab_parallel_cross_entropy
 from skv_dist.model.distillation import vocab_parallel_distillation
-from skv_dist.model.documents import document_mask
 from skv_dist.model.gradients import contiguous_gradient
 from skv_dist.model.kv_cache import KvCache
-from skv_dist.model.megatron_config import layer_spec, norm_class, transformer_config, transformer_impl
-from skv_dist.model.rotary import inverse_frequencies, rotary_table
+from skv_dist.model.megatron_config import layer_spec, transformer_config, transformer_impl
+from skv_dist.model.norm import norm_class
+from skv_dist.model.places import Places, places_of
+from skv_dist.model.rotary import RotaryTables
 from skv_dist.routing import RoutePlan
 
 LiveKV = dict[int, KV]  # by the layer that lends them
@@ -88,7 +89,7 @@ class RoutedChunk(MegatronModule):
             }
         )
         for layer in self.routed_layers():
-            layer.apply_style(model.block_style, model.norm_eps)
+            layer.apply_style(model)
         if self.has_head:
             self.final_norm = norm_class(model)(config, model.hidden_size, model.norm_eps)
             self.output_layer = ColumnParallelLinear(
@@ -105,37 +106,16 @@ class RoutedChunk(MegatronModule):
             for layer in self.routed_layers():
                 layer.self_attention.recompute_core = "core_attn" in run.train.recompute_modules
                 layer.recompute_mlp_region = "mlp" in run.train.recompute_modules
-        # Computed in fp32 at first use; no buffer, which deepspeed.zero.Init would round.
-        self._rotary_table: torch.Tensor | None = None
+        # No buffers, which deepspeed.zero.Init would round.
+        self.rotary_tables = RotaryTables(model, config.params_dtype)
 
     def routed_layers(self) -> list[Any]:
         """The `RoutedLayer` modules, in order."""
         return list(self.layers.values())
 
     def compile_layers(self) -> None:
-        """Compile each layer on its own: the graph of a step changes with every route table, a layer's does not."""
-        # Megatron warns of a deprecated argument inside its own row-parallel linear, which would cut the graph.
-        # What the function returns never changes.
-        torch.compiler.assume_constant_result(get_tensor_model_parallel_group_if_none)
-        # One variant each: own K/V, borrowed on this stage, or from another; lent or not; training, in a region to be
-        # recomputed, or evaluating. Another route table needs no other variants.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        for layer in self.routed_layers():
-            if self.tp_size > 1:
-                self._keep_collectives_eager(layer)
-            layer.compiled_swiglu = self._model.activation == "swiglu"
-            layer.forward = torch.compile(layer.forward, dynamic=False)
-
-    def _keep_collectives_eager(self, layer: Any) -> None:
-        """Leave to Megatron what talks to other ranks: it waits for its collectives by handles, which the compiler does
-        not follow. Traced, they give wrong gradients without an error (torch 2.11) or fail (2.13).
-        """
-        for module in layer.modules():
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-                module.forward = torch.compiler.disable(module.forward)
-        if self._model.num_kv_heads < self.tp_size:  # projections are gathered before they are split into heads
-            attention = layer.self_attention
-            attention.get_query_key_value_tensors = torch.compiler.disable(attention.get_query_key_value_tensors)
+        """See `skv_dist.model.compiled.compile_layers`."""
+        compile_layers(self.routed_layers(), self._model, self.tp_size)
 
     def forward(
         self,
@@ -177,16 +157,13 @@ class RoutedChunk(MegatronModule):
             raise UserError(f"a route plan over {plan.num_layers} layers met a model of {self.num_layers}")
         positions = tokens.shape[1]
         begin = 0 if cache is None else cache.length
-        mask = None if documents is None else document_mask(documents)
         live = dict(live or {})
         if cache is not None:
-            mask = cache.mask(positions)
             live = {source: cache.extend(source, kv) for source, kv in live.items()}
         with self._dropout_rng():
             if hidden is None:
                 hidden = self.embed(tokens)
-            rotary = self.rotary(begin + positions, tokens.device)[:, begin:]
-            hidden = self._run_layers(hidden, live, plan, rotary, mask, cache)
+            hidden = self._run_layers(hidden, live, plan, self.places(tokens, documents, cache), cache)
         if cache is not None:
             cache.advance(positions)
             if self.has_head:
@@ -199,15 +176,20 @@ class RoutedChunk(MegatronModule):
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """[b, s] -> what the first layer takes in, [s/t, b, h]."""
         hidden = self.embedding(tokens)
-        if self._model.block_style.scaled_embedding:
-            scale = torch.tensor(self._model.hidden_size**0.5, dtype=torch.float32)  # rounded, as transformers does
-            hidden = hidden * scale.to(hidden.dtype).item()
+        if (factor := self._embedding_factor(hidden.dtype)) != 1:
+            hidden = hidden * factor
         if not self.config.sequence_parallel:
             hidden = hidden.transpose(0, 1).contiguous()  # [b, s, h] -> [s, b, h]; with SP the scatter does it
         if self.training and not hidden.requires_grad and self._learns():
             # Behind a frozen embedding a recomputed layer would see no input with a gradient, and train nothing.
             hidden.requires_grad_()
         return torch.nn.functional.dropout(hidden, self.config.hidden_dropout, self.training)
+
+    def _embedding_factor(self, dtype: torch.dtype) -> float:
+        if not self._model.block_style.scaled_embedding:
+            return self._model.embedding_scale
+        factor = torch.tensor(self._model.hidden_size**0.5, dtype=torch.float32)
+        return float(factor.to(dtype))  # rounded, as transformers does
 
     def _learns(self) -> bool:
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
@@ -219,21 +201,19 @@ class RoutedChunk(MegatronModule):
             return tensor_parallel.get_cuda_rng_tracker().fork()
         return contextlib.nullcontext()
 
-    def rotary(self, length: int, device: torch.device) -> torch.Tensor:
-        """Cosines and sines for the first ``length`` positions: see `rotary_table`."""
-        table = self._rotary_table
-        if table is None or table.shape[1] < length or table.device != device:
-            inverse = inverse_frequencies(self._model).to(device)
-            table = self._rotary_table = rotary_table(inverse, length, self.config.params_dtype)
-        return table[:, :length]
+    def places(
+        self, tokens: torch.Tensor, documents: torch.Tensor | None = None, cache: KvCache | None = None
+    ) -> Places:
+        """What this chunk's layers know of positions; arguments as in `forward`."""
+        kinds = [self._model.layer_kinds[number] for number in self.numbers]
+        return places_of(self._model, kinds, self.rotary_tables, tokens, documents, cache)
 
     def _run_layers(
         self,
         hidden: torch.Tensor,
         live: LiveKV,
         plan: RoutePlan,
-        rotary: torch.Tensor,
-        mask: Any,
+        places: Places,
         cache: KvCache | None,
     ) -> torch.Tensor:
         """Run all layers; ``live`` comes with the K/V of earlier chunks and leaves with those that later ones read.
@@ -244,7 +224,7 @@ class RoutedChunk(MegatronModule):
         for number in self.numbers:
             if cache is not None and number in plan.trailing and len(hidden) > 1:
                 # Nothing is read of these layers but the logits of the last position.
-                hidden, rotary, mask = hidden[-1:], rotary[:, -1:], mask[:, :, -1:]
+                hidden, places = hidden[-1:], {kind: place.last() for kind, place in places.items()}
             source = plan.source(number)
             borrowed = None
             if source != number:
@@ -256,7 +236,7 @@ class RoutedChunk(MegatronModule):
                 borrowed = live[source]
             lends = plan.last_reader[number] > number
             extend = None if cache is None or source != number else partial(cache.extend, number)
-            hidden, own = self.run_layer(number, hidden, rotary, mask, borrowed, lends, extend)
+            hidden, own = self.run_layer(number, hidden, places, borrowed, lends, extend)
             if own is not None:
                 live[number] = KV(contiguous_gradient(own.key), contiguous_gradient(own.value))
             if source != number and plan.last_reader[source] == number:
@@ -267,14 +247,14 @@ class RoutedChunk(MegatronModule):
         self,
         number: int,
         hidden: torch.Tensor,
-        rotary: torch.Tensor,
-        mask: Any,
+        places: Places,
         borrowed: KV | None,
         lends: bool,
         extend: Callable[[KV], KV] | None,
     ) -> tuple[torch.Tensor, KV | None]:
         """`RoutedLayer.forward` of one layer, recomputed in backward where the run says so."""
         layer = self.layers[str(number)]
+        rotary, mask = places[self._model.layer_kinds[number]]
         if not (self.recompute_layers and self.training):
             if extend is None:
                 return layer(hidden, rotary, mask, borrowed, lends)
@@ -295,8 +275,12 @@ class RoutedChunk(MegatronModule):
     ) -> torch.Tensor:
         """[s/t, b, h] -> losses or logits, as `forward` returns them."""
         hidden = self.final_norm(hidden)
+        if self._model.logit_divisor != 1:
+            hidden = hidden / self._model.logit_divisor  # as far as logits are concerned; they are many more numbers
         weight = self.embedding.weight if self.tie_embeddings and self.has_embedding else self.tied_weight
         logits, _ = self.output_layer(hidden, weight=weight)  # [s, b, v]
+        if self._model.logit_cap is not None:
+            logits = self._model.logit_cap * torch.tanh(logits / self._model.logit_cap)
         if labels is None and not gather:
             return logits
         if labels is None:

@@ -16,15 +16,15 @@ _BLOCK_ELEMENTS = 1 << 24  # drawn at once
 _GENERATOR_BLOCK = 16  # torch draws normal numbers by so many
 
 
-def initial_constant(name: str) -> float | None:
-    """The value of all elements of a parameter that is not drawn: norms begin with ones, their biases with zeros, and
-    so does the second matrix of an adapter, which thereby adds nothing.
+def initial_constant(name: str, model: ModelConfig) -> float | None:
+    """The value of all elements of a parameter that is not drawn: norms begin with ones, biases with zeros, and so
+    does the second matrix of an adapter, which thereby adds nothing.
     """
     if ".lora_B." in name:
         return 0.0
-    if "norm" not in name:
-        return None
-    return 0.0 if name.endswith("bias") else 1.0
+    if name.endswith("bias"):
+        return 0.0
+    return 1.0 - model.block_style.norm_offset if "norm" in name else None
 
 
 def initial_rows(name: str, shape: Sequence[int], model: ModelConfig, seed: int) -> Iterator[torch.Tensor]:

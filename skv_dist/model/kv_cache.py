@@ -44,8 +44,9 @@ class KvCache:
         """Behind a forward over so many positions."""
         self.length += positions
 
-    def mask(self, positions: int) -> torch.Tensor:
-        """bool [b, 1, positions, length + positions]: what each of the next positions may attend to.
+    def mask(self, positions: int, window: int | None = None) -> torch.Tensor:
+        """bool [b, 1, positions, length + positions]: what each of the next positions may attend to, of the last
+        ``window`` positions if that is given.
 
         Padding attends to itself, as a softmax over nothing would be NaN.
         """
@@ -54,6 +55,8 @@ class KvCache:
         keys = torch.arange(end, device=self._begins.device)
         is_text = keys[None, None, :] >= self._begins[:, None, None]
         allowed = (keys[None, None, :] <= queries[None, :, None]) & is_text
+        if window is not None:
+            allowed &= queries[None, :, None] - keys[None, None, :] < window
         return (allowed | (keys[None, None, :] == queries[None, :, None]))[:, None]
 
     def bytes_per_token(self) -> int:

@@ -7,9 +7,9 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from skv_dist.config.blocks import BlockStyle
+from skv_dist.config.model import ModelConfig
 from skv_dist.model.attention import KV
-from skv_dist.model.norm import RMSNorm
+from skv_dist.model.norm import norm_class
 from skv_dist.model.swiglu import swiglu
 
 
@@ -28,25 +28,24 @@ class RoutedLayer(TransformerLayer):
         # Norms of what attention and MLP add to the residual stream, where the block has them (`apply_style`).
         self.post_attention_norm: torch.nn.Module = torch.nn.Identity()
         self.post_mlp_norm: torch.nn.Module = torch.nn.Identity()
+        self.residual_scale = 1.0
 
-    def apply_style(self, style: BlockStyle, eps: float) -> None:
-        """Make of the plain block the one that ``style`` describes.
-
-        Args:
-            eps: of the norms that the style adds.
-        """
-        if style.post_norms:
-            self.post_attention_norm = RMSNorm(self.config, self.config.hidden_size, eps)
-            self.post_mlp_norm = RMSNorm(self.config, self.config.hidden_size, eps)
-        if style.value_norm:
-            self.self_attention.value_norm_eps = eps
-        if style.score_scale is not None:
-            self.self_attention.core_attention.softmax_scale = style.score_scale
+    def apply_style(self, model: ModelConfig) -> None:
+        """Make of the plain block the one that ``model`` describes."""
+        style, eps, width = model.block_style, model.norm_eps, self.config.hidden_size
+        if not style.norms_before:
+            self.input_layernorm = self.pre_mlp_layernorm = torch.nn.Identity()
+        if style.norms_behind:
+            norm: Any = norm_class(model)
+            self.post_attention_norm = norm(self.config, width, eps)
+            self.post_mlp_norm = norm(self.config, width, eps)
+        self.residual_scale = model.residual_scale
+        self.self_attention.apply_style(model)
 
     def forward(
         self,
         hidden: torch.Tensor,
-        rotary: torch.Tensor,
+        rotary: torch.Tensor | None,
         mask: Any,
         borrowed: KV | None,
         lends: bool,
@@ -58,19 +57,28 @@ class RoutedLayer(TransformerLayer):
         """
         normed = self.input_layernorm(hidden)
         attended, bias, own = self.self_attention(normed, rotary, mask, borrowed, lends, extend)
-        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-        hidden = add((self.post_attention_norm(attended), bias), hidden, self.hidden_dropout)
+        attended = attended if bias is None else attended + bias
+        hidden = self._add(self.self_attn_bda, self.post_attention_norm(attended), hidden)
 
         normed = self.pre_mlp_layernorm(hidden)
         if self.recompute_mlp_region and self.training:
-            transformed, bias = tensor_parallel.checkpoint(self._feed_forward, False, normed)
+            transformed = tensor_parallel.checkpoint(self._feed_forward, False, normed)
         else:
-            transformed, bias = self._feed_forward(normed)
-        add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
-        return add((self.post_mlp_norm(transformed), bias), hidden, self.hidden_dropout), own
+            transformed = self._feed_forward(normed)
+        return self._add(self.mlp_bda, self.post_mlp_norm(transformed), hidden), own
 
-    def _feed_forward(self, normed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not self.compiled_swiglu:
-            return self.mlp(normed)
-        joint, _ = self.mlp.linear_fc1(normed)
-        return self.mlp.linear_fc2(swiglu(joint))
+    def _add(self, bias_dropout_add: Any, output: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """To the residual stream, [s, b, h]."""
+        scaled = output if self.residual_scale == 1 else output * self.residual_scale
+        add = bias_dropout_add(self.training, self.config.bias_dropout_fusion)
+        return add((scaled, None), hidden, self.hidden_dropout)
+
+    def _feed_forward(self, normed: torch.Tensor) -> torch.Tensor:
+        """The MLP with its bias, which a recomputed region must not hand out: autograd would take the parameter for
+        something that the region has made (docs/pitfalls.md)."""
+        if self.compiled_swiglu:
+            joint, bias = self.mlp.linear_fc1(normed)
+            output, bias = self.mlp.linear_fc2(swiglu(joint if bias is None else joint + bias))
+        else:
+            output, bias = self.mlp(normed)
+        return output if bias is None else output + bias

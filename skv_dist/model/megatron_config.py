@@ -1,6 +1,7 @@
 """Our configuration in Megatron-core's terms."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 from skv_dist.model.attention import RoutedSelfAttention, SdpaCoreAttention
 from skv_dist.model.layer import RoutedLayer
-from skv_dist.model.norm import LayerNorm, RMSNorm
-from skv_dist.model.projection import QkvLinear
+from skv_dist.model.norm import norm_class
+from skv_dist.model.projection import QkvLinear, with_bias
 
 _ACTIVATIONS = {"swiglu": F.silu, "geglu": functools.partial(F.gelu, approximate="tanh"), "gelu": F.gelu}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -56,10 +57,15 @@ def check_device(run: RunConfig) -> None:
     Raises:
         UserError: naming both keys and the cure.
     """
-    if torch.cuda.is_available() and run.data.reset_attention and run.model.attention_dropout:
+    by_flex = {
+        "data.reset_attention: true": run.data.reset_attention,
+        f"model.sliding_window {run.model.sliding_window}": run.model.sliding_window is not None,
+    }
+    asked = [key for key, is_set in by_flex.items() if is_set]
+    if torch.cuda.is_available() and asked and run.model.attention_dropout:
         raise UserError(
-            f"data.reset_attention: true and model.attention_dropout {run.model.attention_dropout} do not work "
-            "together on a GPU, whose kernel for attention within documents knows no dropout: set "
+            f"{asked[0]} and model.attention_dropout {run.model.attention_dropout} do not work together on a GPU, "
+            "whose kernel for attention within documents or windows knows no dropout: set "
             "model.attention_dropout=0 (and, to go on with an earlier run, name it in checkpoint.allow_changed)"
         )
 
@@ -129,8 +135,16 @@ def layer_spec(model: ModelConfig, impl: str) -> ModuleSpec:
         attention.submodules.linear_qkv = QkvLinear
         if model.qk_norm:
             attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
+        _add_biases(attention.submodules, spec.submodules.mlp.submodules, model.biases)
     return spec
 
 
-def norm_class(model: ModelConfig) -> Any:
-    return RMSNorm if model.norm == "rmsnorm" else LayerNorm
+def _add_biases(attention: Any, mlp: Any, biases: Sequence[str]) -> None:
+    """Give the linear modules of a spec the biases that ``model.biases`` names."""
+    for bias, modules, names in (
+        ("qkv", attention, ["linear_qkv"]),
+        ("attention_output", attention, ["linear_proj"]),
+        ("mlp", mlp, ["linear_fc1", "linear_fc2"]),
+    ):
+        for name in names if bias in biases else ():
+            setattr(modules, name, with_bias(getattr(modules, name)))

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from skv_dist.model.attention import KV
 from skv_dist.model.chunk import LiveKV, RoutedChunk
-from skv_dist.model.documents import document_mask
+from skv_dist.model.places import Places
 from skv_dist.routing import RoutePlan
 
 Step = tuple[int, bool]  # what the output of a layer depends on, beside its input and the K/V of earlier layers
@@ -37,8 +36,7 @@ def sums_of_plans(
         plans,
         labels,
         loss_mask,
-        rotary=chunk.rotary(tokens.shape[1], tokens.device),
-        mask=None if documents is None else document_mask(documents),
+        places=chunk.places(tokens, documents),
         sums=torch.empty(len(plans), tokens.shape[0], device=tokens.device),
     )
     walk.descend(0, chunk.embed(tokens), {}, range(len(plans)))
@@ -60,8 +58,7 @@ class _Walk:
     plans: Sequence[RoutePlan]
     labels: torch.Tensor
     loss_mask: torch.Tensor
-    rotary: torch.Tensor
-    mask: Any
+    places: Places
     sums: torch.Tensor
 
     def descend(self, number: int, hidden: torch.Tensor, live: LiveKV, members: Sequence[int]) -> None:
@@ -106,6 +103,6 @@ class _Walk:
         borrowed = None if source == number else live[source]
         last_reader = [max(readers) for readers in zip(*(self.plans[member].last_reader for member in members))]
         lends = last_reader[number] > number
-        hidden, own = self.chunk.run_layer(number, hidden, self.rotary, self.mask, borrowed, lends, None)
+        hidden, own = self.chunk.run_layer(number, hidden, self.places, borrowed, lends, None)
         lent: dict[int, KV] = live if own is None else {**live, number: own}
         return hidden, {layer: kv for layer, kv in lent.items() if last_reader[layer] > number}

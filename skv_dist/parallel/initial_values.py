@@ -28,7 +28,7 @@ def local_initial_values(
     """
     group = parallel_state.get_tensor_and_data_parallel_group()
     shapes = {name: split_of(name, run).full_shape(partitioned_shape(p)) for name, p in model.named() if chosen(name)}
-    drawers = _shared_out({n: s for n, s in shapes.items() if initial_constant(n) is None}, group.size())
+    drawers = _shared_out({n: s for n, s in shapes.items() if initial_constant(n, run.model) is None}, group.size())
 
     def rows(name: str) -> Iterator[torch.Tensor]:
         return initial_rows(name, shapes[name], run.model, run.train.seed)
@@ -39,7 +39,7 @@ def local_initial_values(
         if name not in shapes:
             continue
         part = torch.zeros(partitioned_shape(parameter), device=model.device)
-        constant = initial_constant(name)
+        constant = initial_constant(name, run.model)
         if constant is not None:
             yield parameter, part.fill_(constant)
             continue

@@ -159,8 +159,9 @@ def partial_gradients(model: LocalModel, run: RunConfig) -> set[str]:
         return set()
 
     def is_partial(name: str, parameter: torch.nn.Parameter) -> bool:
-        sees_some_heads = "q_layernorm" in name or "k_layernorm" in name
-        sees_some_rows = is_adapter(name) and isinstance(split_of(name, run), Replicated)
+        is_whole = isinstance(split_of(name, run), Replicated)
+        sees_some_heads = is_whole and ("q_layernorm" in name or "k_layernorm" in name)
+        sees_some_rows = is_whole and is_adapter(name)
         return sees_some_heads or sees_some_rows or getattr(parameter, "sequence_parallel", False)
 
     return {name for name, parameter in model.trainable() if is_partial(name, parameter)}

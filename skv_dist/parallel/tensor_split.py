@@ -165,8 +165,10 @@ def _all_of(part: Shape) -> tuple[slice, ...]:
 
 _BY_SUFFIX: dict[str, type[Split]] = {
     "linear_qkv.weight": Rows,
+    "linear_qkv.bias": Rows,
     "linear_proj.weight": Columns,
     "linear_fc1.weight": Rows,
+    "linear_fc1.bias": Rows,
     "linear_fc2.weight": Columns,
     # Adapters (`skv_dist.model.adapter`): each is split as the rows, or the columns, of its weight are.
     **{f"lora_B.{part}": Rows for part in ("q", "k", "v", "gate", "up")},
@@ -179,12 +181,16 @@ _BY_SUFFIX: dict[str, type[Split]] = {
 def split_of(name: str, run: RunConfig) -> Split:
     """How the parameter called ``name`` (in any layout) is cut in this run."""
     num_ranks = run.parallel.tensor
+    if run.model.block_style.qk_norm_over == "all_heads" and name.endswith(
+        ("q_layernorm.weight", "k_layernorm.weight")
+    ):
+        return Rows(num_ranks)
     for suffix, split in _BY_SUFFIX.items():
         if not name.endswith(suffix):
             continue
         if split is Vocabulary:
             return Vocabulary(num_ranks, run.vocab_size)
-        if suffix == "linear_fc1.weight" and run.model.gated:
+        if suffix.startswith("linear_fc1.") and run.model.gated:
             return Halves(num_ranks)
         return split(num_ranks)
     return Replicated(num_ranks)

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from skv_dist.routing.draw import DrawKey, below, happens, words
+from skv_dist.routing.kinds import Kinds
 from skv_dist.routing.plan import RoutePlan
-from skv_dist.routing.sharing import map_from_cached_layers
+from skv_dist.routing.sharing import map_from_cached_layers, map_from_first_of_order
 
 Schedule = float | Sequence[tuple[int, float]]
 
@@ -126,14 +127,16 @@ class Nested(Policy):
     Attributes:
         order: all layers, those that keep their cache longest first.
         sizes: how many layers keep it; one of these is drawn per micro-batch.
+        kinds: of the layers, where there are several; the first of each keeps its cache as well.
     """
 
     order: tuple[int, ...]
     sizes: tuple[int, ...]
+    kinds: Kinds | None = None
 
     def table(self, key: DrawKey) -> tuple[int, ...]:
         (word,) = words(key, b"nested", 1)
-        return map_from_cached_layers(self.num_layers, self.order[: self.sizes[below(word, len(self.sizes))]])
+        return map_from_first_of_order(self.order, self.sizes[below(word, len(self.sizes))], self.kinds)
 
 
 @dataclass(frozen=True)
@@ -183,15 +186,22 @@ class Ramped(Policy):
 
 
 @dataclass(frozen=True)
-class WithinStages(Policy):
-    """A policy of its own for each pipeline stage, so that no K/V crosses a boundary. **Changes the method**: sources
-    are no longer uniform over all earlier layers, and the first layer of each stage never borrows."""
+class WithinParts(Policy):
+    """A policy of its own for each of some parts of the layers, so that no K/V goes from one to another: layers of one
+    kind, which alone understand each other's, or layers of one pipeline stage. The latter **changes the method**:
+    sources are no longer uniform over all earlier layers, and the first layer of each stage never borrows.
+
+    Attributes:
+        parts: policies over so many layers, which they number from 0.
+        layers: the numbers of each part's layers in the model, in ascending order.
+    """
 
     parts: tuple[Policy, ...]
+    layers: tuple[tuple[int, ...], ...]
 
     def table(self, key: DrawKey) -> tuple[int, ...]:
-        sources: list[int] = []
-        for number, part in enumerate(self.parts):
-            first = len(sources)
-            sources.extend(first + source for source in part.table(replace(key, part=number)))
+        sources = [0] * self.num_layers
+        for number, (part, layers) in enumerate(zip(self.parts, self.layers)):
+            for layer, source in zip(layers, part.table(replace(key, part=number))):
+                sources[layer] = layers[source]
         return tuple(sources)

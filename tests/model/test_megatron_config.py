@@ -18,6 +18,9 @@ def test_dropout_that_a_gpu_kernel_would_leave_out_is_refused(monkeypatch: pytes
     with pytest.raises(UserError, match=r"data.reset_attention: true and model.attention_dropout 0.1 .* set model"):
         check_device(run)
     check_device(RunConfig.model_validate(config(model={"attention_dropout": 0.1})))
+    windows = config(model={"attention_dropout": 0.1, "sliding_window": 4, "sliding_layers": [1]})
+    with pytest.raises(UserError, match=r"model.sliding_window 4 and model.attention_dropout 0.1"):
+        check_device(RunConfig.model_validate(windows))
 
 
 @pytest.mark.parametrize("installed", [False, True])

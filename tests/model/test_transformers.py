@@ -8,9 +8,11 @@ import pytest
 import torch
 from skv_tools.convert.from_hf import from_hf
 
+from skv_dist.checkpoint.frozen_model import config_of
 from skv_dist.checkpoint.load import read_tensors, tensor_shapes
 from tests.support.jobs import parity
 from tests.support.settings import config
+from tests.tools.convert.family_cases import CASES
 from tests.tools.convert.hf_models import LLAMA3, make, save
 
 
@@ -52,3 +54,19 @@ def test_logits_equal_transformers(
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
     wrong = workers(processes)(parity.logits, settings, weights, tokens.numpy(), [0, 1, 1, 3])[0][..., :262]
     assert np.abs(wrong - theirs).max() > 1e-2 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_of_families_equal_transformers(workers: Any, tmp_path: Path, name: str) -> None:
+    """Over two tensor-parallel ranks, in texts that are longer than what rotary positions were first made for."""
+    model = CASES[name].model()
+    from_hf(save(model, tmp_path / "hf"), tmp_path / "ours", "byte")
+    tokens = torch.randint(0, 262, (2, 80))
+    with torch.no_grad():
+        theirs = model(tokens).logits.numpy()
+    names = list(tensor_shapes(tmp_path / "ours"))
+    weights = {n.removeprefix("model."): t.numpy() for n, t in read_tensors(tmp_path / "ours", names).items()}
+    section = config_of(tmp_path / "ours").model.model_dump()
+    settings = config(model=section, parallel={"zero_stage": 0, "tensor": 2})
+    ours = workers(2)(parity.logits, settings, weights, tokens.numpy(), [0, 1, 2, 3])[0][..., :262]
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())

@@ -70,6 +70,11 @@ def test_model_variants_equal_one_process(workers: Any, variant: dict[str, dict[
     compare(workers, 2, split.settings(**variant))
 
 
+@pytest.mark.parametrize("variant", VARIANTS[-3:], ids=["gemma", "olmo2", "options"])
+def test_families_over_stages_equal_one_process(workers: Any, variant: dict[str, dict[str, Any]]) -> None:
+    compare(workers, 2, Layout(pipeline=2, zero_stage=1, recompute="selective").settings(**variant))
+
+
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}], ids=str)
 def test_recompute_repeats_the_dropout(workers: Any, parallel: dict[str, Any]) -> None:
     def run(recompute: str, dropout: float = 0.2) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Route tables, policies, sharing maps and liveness."""
 
 import hashlib
+from typing import Any
 
 import pytest
 
@@ -239,3 +240,40 @@ def test_nested_sets_are_the_deployed_ones() -> None:
 def test_orders_and_owners_that_cannot_be_are_refused(given: dict[str, object], message: str) -> None:
     with pytest.raises((ValueError, UserError), match=message):
         build_policy(RoutingConfig.model_validate(given), 4)
+
+
+KINDS = ["sliding", "sliding", "full", "sliding", "sliding", "full", "sliding", "full"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"policy": "r_cla", "cross_prob": 0.9},
+        {"policy": "cla", "group_size": 3},
+        {"policy": "rd_cla", "cross_prob": 0.8},
+        {"policy": "subset", "keep_probs": [0.2]},
+        {"policy": "suffix", "shared_layers": 4},
+        {"policy": "nested", "order": [0, 6, 2, 1, 3, 4, 5, 7], "budgets": [0.25, 0.5]},
+        {"policy": "r_cla", "cross_prob": 0.9, "within_stage": True},
+    ],
+    ids=lambda given: str(list(given.values())),
+)
+def test_layers_of_different_kinds_do_not_share(given: dict[str, Any]) -> None:
+    stages = (range(5), range(5, 8))
+    policy = build_policy(RoutingConfig.model_validate(given), 8, stages, 0, KINDS)
+    tables = [policy.table(DrawKey(1, step, 0)) for step in range(60)]
+    assert all(KINDS[layer] == KINDS[source] for table in tables for layer, source in enumerate(table))
+    assert any(source != layer for table in tables for layer, source in enumerate(table))
+    assert all(source <= layer for table in tables for layer, source in enumerate(table))
+    assert all((table[0], table[2]) == (0, 2) for table in tables)  # the first of each kind
+
+
+def test_maps_know_kinds() -> None:
+    assert map_from_retention(8, 0.5, KINDS) == (0, 0, 2, 3, 3, 2, 6, 7)
+    assert map_from_cached_layers(8, [0, 2, 4], KINDS) == (0, 0, 2, 0, 4, 2, 4, 2)
+    assert deployment_map(RoutingConfig(policy="nested", order=[*range(8)]), 8, 0.1, KINDS) == (0, 0, 2, 0, 0, 2, 0, 2)
+    with pytest.raises(UserError, match=r"must contain layer 2: no layer of its kind .full. is before it"):
+        map_from_cached_layers(8, [0, 1], KINDS)
+    fixed = RoutingConfig(policy="fixed", kv_source_layers=[0, 0, 2, 0, 0, 0, 2, 7])
+    with pytest.raises(UserError, match=r"\[5\] is 0, but layer 5 has full .* may be is 0 0 2 0 0 2 0 7"):
+        build_policy(fixed, 8, None, 0, KINDS)

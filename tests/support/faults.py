@@ -286,8 +286,8 @@ def adapters_drawn() -> Any:
     """No fault: the second matrix of an adapter begins with other than zeros, so that the first gets a gradient."""
     from skv_dist.parallel import initial_values
 
-    def some(name: str) -> float | None:
-        return None if ".lora_B." in name else right(name)
+    def some(name: str, model: Any) -> float | None:
+        return None if ".lora_B." in name else right(name, model)
 
     right = initial_values.initial_constant
     return mock.patch.object(initial_values, "initial_constant", some)

@@ -15,6 +15,33 @@ VARIANTS: list[dict[str, dict[str, Any]]] = [
         "optimizer": {"lr": 1e-3},  # with the others' it runs away, and rounding with it
     },
     {"data": {"reset_attention": True}},
+    {
+        "model": {
+            "block": "gemma",
+            "activation": "geglu",
+            "score_cap": 3.0,
+            "logit_cap": 5.0,
+            "sliding_layers": [0, 1],
+            "sliding_window": 5,
+        },
+        "optimizer": {"lr": 1e-3},
+    },
+    {"model": {"block": "olmo2", "biases": ["attention_output"], "residual_scale": 0.5}},
+    {
+        "model": {
+            "qk_norm": False,
+            "biases": ["qkv", "attention_output", "mlp"],
+            "no_rope_layers": [3],
+            "sliding_layers": [0, 2],
+            "sliding_window": 5,
+            "sliding_rope_theta": 500.0,
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "embedding_scale": 4.0,
+            "residual_scale": 0.3,
+            "score_scale": 0.5,
+            "logit_divisor": 3.0,
+        }
+    },
 ]
 
 

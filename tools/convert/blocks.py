@@ -113,15 +113,30 @@ _LLAMA = BlockFormat(
     activation_field=("hidden_act", "silu"),
 )
 
+_OLMO2 = BlockFormat(
+    norms={
+        "post_attention_norm": "post_attention_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+    },
+    activation="swiglu",
+    activation_field=("hidden_act", "silu"),
+)
+
+_GEMMA_NORMS = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "pre_mlp_layernorm": "pre_feedforward_layernorm",
+    "post_mlp_norm": "post_feedforward_layernorm",
+}
+
+_GEMMA = BlockFormat(
+    norms=_GEMMA_NORMS, activation="geglu", activation_field=("hidden_activation", "gelu_pytorch_tanh")
+)
+
 # What Gemma 4 adds to each layer from an embedding of its own is of width 1 and zero here, so that it adds nothing:
 # stock transformers 5.23 cannot do without it where layers share K/V (its `_maybe_slice_kv_shared_inputs`).
 _GEMMA4 = BlockFormat(
-    norms={
-        "input_layernorm": "input_layernorm",
-        "post_attention_norm": "post_attention_layernorm",
-        "pre_mlp_layernorm": "pre_feedforward_layernorm",
-        "post_mlp_norm": "post_feedforward_layernorm",
-    },
+    norms=_GEMMA_NORMS,
     activation="geglu",
     activation_field=("hidden_activation", "gelu_pytorch_tanh"),
     layer_constants=(
@@ -142,4 +157,4 @@ _GEMMA4 = BlockFormat(
     ),
 )
 
-BLOCKS = {"llama": _LLAMA, "gemma4": _GEMMA4}  # by ``model.block``
+BLOCKS = {"llama": _LLAMA, "olmo2": _OLMO2, "gemma": _GEMMA, "gemma4": _GEMMA4}  # by ``model.block``

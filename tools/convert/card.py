@@ -173,7 +173,20 @@ def _loading_code(name: str, config: dict[str, Any], export: Export, chats: bool
     return lines
 
 
+def _not_carried(config: dict[str, Any]) -> str:
+    """In what a model departs from the layers that every engine is given; empty where it does not."""
+    names = [f"block.{name}" for name in config.get("block") or {}]
+    rope = config["rope_parameters"]["rope_type"]
+    return ", ".join([*names, *([] if rope in ("default", "llama3") else [f"rope_type {rope}"])])
+
+
 def _engines(name: str, config: dict[str, Any], block: str) -> list[str]:
+    if config["model_type"] == OUR_MODEL_TYPE and (departs := _not_carried(config)):
+        return [
+            "- transformers 5.17 to 5.23: as above; layers that share hold no cache.",
+            f"- vLLM, ONNX Runtime GenAI, MLX, llama.cpp: not supported, as what is written for them does not carry "
+            f"{departs}.",
+        ]
     if config["model_type"] == OUR_MODEL_TYPE:
         onnx = f"`skv-convert to-onnx {name} OUT`"
         if config["head_dim"] % 16:

@@ -10,6 +10,7 @@ from skv_dist.config.run import RunConfig
 from skv_dist.errors import UserError
 
 from .blocks import Map
+from .families import FAMILIES
 from .searched import found_map, found_order
 
 
@@ -113,9 +114,10 @@ def _asked_map(arguments: argparse.Namespace, checkpoint: Path, run: RunConfig) 
         of_order = "the first layers of the order of the run" if run.routing.order is not None else "uniform groups"
         return run.sharing_map(arguments.retention), f"{of_order} at {arguments.retention:g} of the cache"
     if arguments.cached_layers is not None:
-        return map_from_cached_layers(num_layers, arguments.cached_layers), "given by hand"
+        return map_from_cached_layers(num_layers, arguments.cached_layers, run.model.layer_kinds), "given by hand"
     if arguments.kv_source_layers is not None:
-        return validate_sharing_map(arguments.kv_source_layers, num_layers), "given by hand"
+        sources = validate_sharing_map(arguments.kv_source_layers, num_layers, run.model.layer_kinds)
+        return sources, "given by hand"
     return tuple(range(num_layers)), ""
 
 
@@ -195,7 +197,7 @@ def _parser() -> ArgumentParser:
 
     start = actions.add_parser(
         "from-hf",
-        help="Llama, Qwen3 or Mistral folder -> checkpoint for checkpoint.init_from",
+        help="folder of a known family (docs/families.md) -> checkpoint for checkpoint.init_from",
         epilog="example: skv-convert from-hf Qwen3-0.6B weights/qwen3; a configuration then begins with "
         "base: weights/qwen3/model.yaml",
     )
@@ -225,7 +227,7 @@ def _parser() -> ArgumentParser:
     sharing.add_argument("--kv-source-layers", type=int, nargs="+", metavar="L", help="the source of each layer")
     export.add_argument("--budget", type=float, metavar="R", help="which of the sets in --from-search")
     export.add_argument("--adaptive", action="store_true", help="keep all K/V weights: the map is chosen at load")
-    export.add_argument("--architecture", choices=("llama", "qwen3", "mistral"), help="of a full export")
+    export.add_argument("--architecture", choices=tuple(FAMILIES), help="of a full export")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the run's precision")
     export.add_argument("--shard-gb", type=float, default=2.0, help="largest file of weights (default: 2)")
     export.add_argument("--no-verify", action="store_true", help="do not compare with the checkpoint")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from skv_dist.errors import UserError
 from skv_dist.files import new_folder
 
 from ..vocabulary import vocab_size
+from .families import FAMILIES
 from .hf_config import complete, model_section
 from .hf_folder import HuggingFaceFolder
 from .names import Entry, entries, fuse
@@ -100,8 +101,9 @@ def write_start(source: Path, out: Path, tokenizer_name: str | None, name: Path)
     model = ModelConfig.model_validate(section)
     tokenizer = _tokenizer(tokenizer_name or str(source.absolute()), vocab_size(model), tokenizer_name is not None)
     progress = Progress(str(name), _num_bytes(model))
-    tensors = {f"model.{entry.ours}": _tensor(folder, entry, model, progress) for entry in entries(model)}
-    _refuse_unknown_tensors(folder, model)
+    listed = list(entries(model, FAMILIES[config["model_type"]].joined))
+    tensors = {f"model.{entry.ours}": _tensor(folder, entry, model, progress) for entry in listed}
+    _refuse_unknown_tensors(folder, model, listed)
     travelling = {**travelling_files(tokenizer), **_origin_file(source, config, tokenizer, tokenizer_name)}
     path = str(name.absolute() / TOKENIZER) if tokenizer.files() else tokenizer.name
     run = _starting_point(section, path, precision="bf16" if folder.main_dtype() == "BF16" else "fp32")
@@ -166,8 +168,8 @@ def _read_fused(folder: HuggingFaceFolder, entry: Entry, model: ModelConfig, pro
     return fused
 
 
-def _refuse_unknown_tensors(folder: HuggingFaceFolder, model: ModelConfig) -> None:
-    known = {part for entry in entries(model) for part in entry.theirs}
+def _refuse_unknown_tensors(folder: HuggingFaceFolder, model: ModelConfig, listed: Sequence[Entry]) -> None:
+    known = {part for entry in listed for part in entry.theirs}
     if model.tie_embeddings:
         known.add(_HEAD)  # some folders repeat the embedding under this name
     unknown = sorted(name for name in folder.names() if name not in known and not name.endswith(_IGNORED))

@@ -1,17 +1,21 @@
 """Between a Hugging Face ``config.json`` and the ``model`` section."""
 
+import difflib
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from skv_dist.config.blocks import BlockStyle
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError, cause_in_one_line
 
 from .blocks import BLOCKS, Map
+from .families import FAMILIES, Family
+from .fields import refuse
+from .rope_fields import read_rope, read_rope_by_kind, write_rope
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM"}
 OUR_MODEL_TYPE = "skv"  # of a folder that carries code of ours
 _OUR_MODULE, _OUR_MLX_FILE = "modeling_skv", "mlx_skv.py"
 CODE = (f"{_OUR_MODULE}.py", _OUR_MLX_FILE)  # the files of ../engines/models that travel with it
@@ -26,7 +30,6 @@ CODE_FIELDS: dict[str, Any] = {
 }
 
 _LARGEST = 2**31  # of any size; arithmetic with it overflows nothing
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _NEEDED = (
     "num_hidden_layers",
     "hidden_size",
@@ -41,14 +44,10 @@ _DEFAULTED = (
     "num_key_value_heads",
     "head_dim",
     "hidden_act",
-    "attention_bias",
-    "mlp_bias",
+    "hidden_activation",
     "tie_word_embeddings",
     "initializer_range",
-    "sliding_window",
-    "use_sliding_window",
 )
-_ROPE_FIELDS = {*_LLAMA3, "rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _FIELDS = {  # of config.json, by key of the model section
     "num_layers": "num_hidden_layers",
     "ffn_hidden_size": "intermediate_size",
@@ -66,6 +65,7 @@ class _Given(BaseModel):
 
     architectures: list[str] | None = None
     hidden_act: str | None = None
+    hidden_activation: str | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     num_key_value_heads: int | None = Field(default=None, le=_LARGEST)
@@ -74,7 +74,19 @@ class _Given(BaseModel):
     initializer_range: float | None = None
     sliding_window: int | None = None
     use_sliding_window: bool | None = None
+    max_window_layers: int | None = None
     layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
+    no_rope_layer_interval: int | None = Field(default=None, gt=0)
+    embedding_multiplier: float | None = None
+    residual_multiplier: float | None = None
+    attention_multiplier: float | None = None
+    logits_scaling: float | None = None
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    use_bidirectional_attention: bool | None = None
+    original_max_position_embeddings: int | None = Field(default=None, gt=0, le=_LARGEST)
 
 
 def model_section(config: dict[str, Any]) -> dict[str, Any]:
@@ -83,8 +95,10 @@ def model_section(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: naming the field that our model cannot represent, or that is missing.
     """
-    _refuse_what_we_lack(config)
-    heads, rope = config["num_attention_heads"], _rope(config)
+    family = FAMILIES[config["model_type"]]
+    _refuse_what_we_lack(config, family)
+    heads = config["num_attention_heads"]
+    rope = read_rope_by_kind if family.rope_by_kind else read_rope
     section = {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
@@ -95,18 +109,22 @@ def model_section(config: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": config["vocab_size"],
         "max_position_embeddings": config["max_position_embeddings"],
         "norm_eps": _as_written(config["rms_norm_eps"]),
-        "qk_norm": config["model_type"] == "qwen3",
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": _llama3(rope, config) if _rope_type(rope) == "llama3" else None,
         "tie_embeddings": bool(config.get("tie_word_embeddings")),
         "init_std": config.get("initializer_range", 0.02),
+        "block": family.block,
+        **rope(config, family.rope_types, config.get(_DEFAULT_THETA, 10000.0)),
     }
+    for said in family.says:
+        section |= said.read(config)
+    if not section.get("sliding_layers"):
+        section.pop("sliding_rope_theta", None)  # which no layer would read
     try:
         ModelConfig.model_validate(section)
     except ValidationError as error:
         problem = error.errors()[0]
-        field = f"{_FIELDS.get(str(problem['loc'][0]), problem['loc'][0])}: " if problem["loc"] else ""
-        raise UserError(f"config.json: {field}{problem['msg']}") from error
+        place = [_FIELDS.get(str(part), str(part)) for part in problem["loc"]]
+        message = problem["msg"].removeprefix("Value error, ")
+        raise UserError(f"config.json: {'.'.join(place) + ': ' if place else ''}{message}") from error
     return section
 
 
@@ -124,92 +142,56 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        _refuse(config, "model_type", "llama, qwen3 (dense) and mistral")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        near = difflib.get_close_matches(str(model_type), FAMILIES, 1)
+        nearest = f" (the nearest is {near[0]!r})" if near else ""
+        refuse(config, "model_type", f"{', '.join(FAMILIES)}{nearest}")
+    family = FAMILIES[model_type]
     for field in _NEEDED:
         if config.get(field) is None:
             raise UserError(f"config.json: {field} is missing")
         if isinstance(config[field], bool) or not isinstance(config[field], int | float):
-            _refuse(config, field, "a number")
+            refuse(config, field, "a number")
         if config[field] <= 0:
-            _refuse(config, field, "a number above 0")
+            refuse(config, field, "a number above 0")
         if config[field] > _LARGEST:
-            _refuse(config, field, f"a number up to {_LARGEST}")
+            refuse(config, field, f"a number up to {_LARGEST}")
     try:
         _Given.model_validate(config)
     except ValidationError as error:
         problem = error.errors()[0]
         raise UserError(f"config.json: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
-    given = {field: config[field] for field in (*_NEEDED, *_DEFAULTED) if field in config}
+    if len(config.get("no_rope_layers") or range(_LARGEST)) < config["num_hidden_layers"]:
+        refuse(config, "no_rope_layers", "an entry for each layer")
+    by_kind = _ROPE if family.rope_by_kind else ()  # transformers says which of them holds for which kind
+    given = {field: config[field] for field in (*_NEEDED, *_DEFAULTED, *family.fields, *by_kind) if field in config}
     try:
-        defaults = CONFIG_MAPPING[model_type](**given).to_dict()
+        made = CONFIG_MAPPING[model_type](**given)
+        defaults = made.to_dict()
     except Exception as error:  # transformers raises a different class for each kind of value that it does not take
         raise UserError(f"config.json: transformers does not take it: {cause_in_one_line(error)}") from error
-    return {**{field: defaults[field] for field in _DEFAULTED if field in defaults}, **config}
+    whole = {field: defaults[field] for field in (*_DEFAULTED, *family.fields) if field in defaults}
+    # Of what a family says the architecture has the last word: it makes layer_types of other fields, for one.
+    decided = {field: whole[field] for field in family.fields if field in whole and config.get(field) is None}
+    if by_kind:
+        return {**whole, **config, **decided, "rope_parameters": made.rope_parameters}
+    return {_DEFAULT_THETA: float(made.default_theta), **whole, **config, **decided}
 
 
-def _refuse(config: dict[str, Any], field: str, wanted: str) -> NoReturn:
-    raise UserError(f"config.json: {field} is {config.get(field)!r}, but only {wanted} can be converted")
+_ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
+_DEFAULT_THETA = "default_theta"  # of an architecture, where config.json says nothing of rotary positions
 
 
-def _refuse_what_we_lack(config: dict[str, Any]) -> None:
+def _refuse_what_we_lack(config: dict[str, Any], family: Family) -> None:
     """Raises UserError naming the first field that our model cannot represent."""
-    wanted_name = ARCHITECTURES[config["model_type"]]
-    if config.get("architectures") and wanted_name not in config["architectures"]:
-        _refuse(config, "architectures", wanted_name)
-    if config.get("hidden_act") not in ("silu", "swish"):
-        _refuse(config, "hidden_act", "'silu'")
-    for field in ("attention_bias", "mlp_bias"):
-        if config.get(field):
-            _refuse(config, field, "false")
+    if config.get("architectures") and family.architecture not in config["architectures"]:
+        refuse(config, "architectures", family.architecture)
+    field, activation = BLOCKS[family.block].activation_field
+    if {"swish": "silu"}.get(config[field], config[field]) != activation:
+        refuse(config, field, repr(activation))
     for field in ("quantization_config", "compression_config"):
         if config.get(field):
             raise UserError(f"config.json: {field} says that the weights are quantized: only plain ones are converted")
-    slides = config.get("sliding_window") is not None
-    if config["model_type"] == "qwen3":
-        slides = slides and bool(config.get("use_sliding_window"))
-    if slides and config["sliding_window"] < config["max_position_embeddings"]:
-        _refuse(config, "sliding_window", "full attention (null)")
-    if any(layer != "full_attention" for layer in config.get("layer_types") or []):
-        _refuse(config, "layer_types", "full_attention in every layer")
-    rope = _rope(config)
-    if _rope_type(rope) not in ("default", "llama3"):
-        raise UserError(
-            f"config.json: rope_type is {_rope_type(rope)!r}, but only 'default' and 'llama3' can be converted"
-        )
-    theta = rope.get("rope_theta")
-    if isinstance(theta, bool) or not isinstance(theta, int | float):
-        raise UserError(f"config.json: rope_theta is {theta!r}, but it must be a number")
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        raise UserError("config.json: partial_rotary_factor must be 1.0 to be converted")
-    unknown = sorted(rope.keys() - _ROPE_FIELDS)
-    if unknown:  # of other types of positions, or settings for each kind of layer
-        raise UserError(f"config.json: {unknown[0]} among the settings of rotary positions cannot be converted")
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings, under the old names and the new. Raises UserError where they are no object."""
-    merged: dict[str, Any] = {"rope_theta": config.get("rope_theta", 10000.0)}
-    for field in ("rope_scaling", "rope_parameters"):
-        value = config.get(field) or {}
-        if not isinstance(value, dict):
-            _refuse(config, field, "an object")
-        merged.update(value)
-    return merged
-
-
-def _rope_type(rope: dict[str, Any]) -> Any:
-    return rope.get("rope_type", rope.get("type")) or "default"
-
-
-def _llama3(rope: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of Llama 3's scaling. Raises UserError where one is missing."""
-    # As transformers has it where the original context is not said.
-    settings = {"original_max_position_embeddings": config["max_position_embeddings"], **rope}
-    for key in _LLAMA3:
-        if settings.get(key) is None:
-            raise UserError(f"config.json: rope_type is 'llama3', but {key} is missing")
-    return {key: settings[key] for key in _LLAMA3}
 
 
 def check_exportable(model: ModelConfig) -> None:
@@ -219,29 +201,12 @@ def check_exportable(model: ModelConfig) -> None:
             raise UserError(f"model.{key} is '{getattr(model, key)}', but engines are given '{wanted}' only")
 
 
-def stock_architecture(model: ModelConfig, asked: str | None) -> str:
-    """``llama``, ``qwen3`` or ``mistral``: whose layers these are.
-
-    Raises:
-        UserError: ``asked`` is one that they are not.
-    """
-    possible = ["qwen3"] if model.qk_norm else ["llama", "mistral"]
-    if not model.qk_norm and model.rope_scaling is not None:
-        possible.remove("mistral")
-    if asked is not None and asked not in possible:
-        raise UserError(f"--architecture {asked} does not have these layers: this model can be {' or '.join(possible)}")
-    return asked or possible[0]
-
-
 def hf_config(model: ModelConfig, dtype: str, special: dict[str, Any]) -> dict[str, Any]:
     """The fields that all exports have.
 
     Args:
         special: ``bos_token_id``, ``eos_token_id`` (or a list of them), ``pad_token_id``.
     """
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
-    if model.rope_scaling is not None:
-        rope = {"rope_type": "llama3", "rope_theta": model.rope_theta, **model.rope_scaling.model_dump()}
     activation_field, activation = BLOCKS[model.block].activation_field
     return {
         "vocab_size": model.vocab_size,
@@ -255,7 +220,7 @@ def hf_config(model: ModelConfig, dtype: str, special: dict[str, Any]) -> dict[s
         "max_position_embeddings": model.max_position_embeddings,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
-        "rope_parameters": rope,
+        "rope_parameters": write_rope(model),
         "tie_word_embeddings": model.tie_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -263,18 +228,6 @@ def hf_config(model: ModelConfig, dtype: str, special: dict[str, Any]) -> dict[s
         "dtype": dtype,
         **special,
     }
-
-
-def stock_fields(architecture: str) -> dict[str, Any]:
-    """Of a model that shares nothing."""
-    fields: dict[str, Any] = {"architectures": [ARCHITECTURES[architecture]], "model_type": architecture}
-    if architecture == "mistral":
-        fields["sliding_window"] = None
-    if architecture == "qwen3":
-        fields.update(sliding_window=None, use_sliding_window=False)
-    if architecture == "llama":
-        fields["mlp_bias"] = False
-    return fields
 
 
 def shared_fields(
@@ -290,11 +243,20 @@ def shared_fields(
         "architectures": ["SkvForCausalLM"],
         "model_type": OUR_MODEL_TYPE,
         **CODE_FIELDS,
+        "hidden_act": BLOCKS[model.block].activation_field[1],
         "qk_norm": model.qk_norm,
+        **({"block": block} if (block := block_fields(model)) else {}),
         "kv_source_layers": list(sources),
         "kv_weight_layers": list(weight_layers),
         **({} if order is None else {"kv_order": list(order)}),
     }
+
+
+def block_fields(model: ModelConfig) -> dict[str, Any]:
+    """In what a model departs from the plain block, for code of ours: an engine refuses what it does not know."""
+    style, plain = model.block_style, BlockStyle()
+    departs = {name: getattr(style, name) for name in ("norms", "norm_offset", "qk_norm_over", "scaled_embedding")}
+    return {**{name: value for name, value in departs.items() if value != getattr(plain, name)}, **model.options}
 
 
 def map_of(config: dict[str, Any]) -> Map:

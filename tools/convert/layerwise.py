@@ -15,7 +15,7 @@ from skv_dist.checkpoint.frozen_model import config_of
 from skv_dist.checkpoint.merged import read_weight
 from skv_dist.config.run import RunConfig
 from skv_dist.model.chunk import LiveKV, RoutedChunk
-from skv_dist.model.rotary import inverse_frequencies, rotary_table
+from skv_dist.model.rotary import RotaryTables
 from skv_dist.parallel.processes import groups
 from skv_dist.parallel.tensor_split import split_of
 from skv_dist.routing import RoutePlan
@@ -52,14 +52,14 @@ def _run(
     checkpoint: Path, run: RunConfig, tokens: torch.Tensor, cases: Collection[Case], stored: torch.dtype
 ) -> dict[Case, LogProbs]:
     # By the CPU, as for the engine: devices round cosines differently, which float64 would show.
-    rotary = rotary_table(inverse_frequencies(run.model), tokens.shape[1], torch.float32).to(tokens.device)
+    tables = RotaryTables(run.model, torch.float32, made_on="cpu")
     hidden: dict[Case, torch.Tensor | None] = dict.fromkeys(cases)
     live: dict[Case, LiveKV] = {case: {} for case in hidden}
     progress = Progress(f"{checkpoint}: run to compare", run.model.num_layers, "layers")
     for layer in range(run.model.num_layers):
         chunk = None  # the layer before goes first
         chunk = _chunk(checkpoint, run, layer, stored)
-        chunk._rotary_table = rotary
+        chunk.rotary_tables = tables
         for dtype in dict.fromkeys(dtype for _, dtype in hidden):
             chunk.to(device=tokens.device, dtype=dtype)
             if chunk.has_head and not chunk.has_embedding and run.model.tie_embeddings:

@@ -7,10 +7,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from skv_dist.config.blocks import OPTIONS
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError, cause_in_one_line
 
 from .hf_config import hf_config, shared_fields
+from .names import entries
 from .to_hf import copy_code, write_tensors
 
 Tokens = npt.NDArray[np.int64]
@@ -63,6 +65,7 @@ def comparison_tokens(exported: Path, text: str, max_tokens: int) -> Tokens:
 def write_unshared(model: ModelConfig, out: Path, dtype: str) -> None:
     """A model whose cache has the same shape and in which no layer shares; all else is as small as can be."""
     changes = {"hidden_size": 8, "ffn_hidden_size": 8, "vocab_size": 8, "tie_embeddings": True, "block": "llama"}
+    changes |= {key: ModelConfig.model_fields[key].default for key in OPTIONS}
     small = model.model_copy(update={**changes, "head_dim": model.kv_channels})
     layers = range(model.num_layers)
     special: dict[str, int | None] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -71,5 +74,10 @@ def write_unshared(model: ModelConfig, out: Path, dtype: str) -> None:
     (out / "config.json").write_text(json.dumps(config))
     copy_code(out)
     write_tensors(
-        out, small, layers, dtype, 2**30, lambda entry: [torch.ones(shape) for shape in entry.theirs.values()]
+        out,
+        list(entries(small)),
+        layers,
+        dtype,
+        2**30,
+        lambda entry: [torch.ones(shape) for shape in entry.theirs.values()],
     )

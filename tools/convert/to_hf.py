@@ -17,21 +17,22 @@ from skv_dist.checkpoint.merged import read_weight
 from skv_dist.checkpoint.travelling import generation_settings, origin_of, tokenizer_of
 from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
+from skv_dist.routing.kinds import check_kinds
 
 from ..engines import models
 from ..weights import write_weights
 from .blocks import BLOCKS, Map
+from .families import FAMILIES
 from .hf_config import (
     CODE,
     OUR_MODEL_TYPE,
     check_exportable,
     hf_config,
     shared_fields,
-    stock_architecture,
-    stock_fields,
 )
 from .names import Entry, entries, is_left_out, split
 from .progress import Progress
+from .stock import stock_architecture, stock_fields
 from .tokenizer import save_tokenizer
 
 MODELS = Path(models.__file__).parent  # holds `CODE`
@@ -103,9 +104,9 @@ def write_folder(checkpoint: Path, out: Path, export: Export, name: str | None =
     _write_json(out / "generation_config.json", generation)
     if config["model_type"] == OUR_MODEL_TYPE:
         copy_code(out)
-    progress = Progress(
-        f"{name or out}", 4 * sum(math.prod(shape) for e in entries(model) for shape in e.theirs.values())
-    )
+    family = FAMILIES.get(config["model_type"])
+    listed = list(entries(model, family.joined if family else None))
+    progress = Progress(f"{name or out}", 4 * sum(math.prod(shape) for e in listed for shape in e.theirs.values()))
 
     def read(entry: Entry) -> Sequence[torch.Tensor]:
         if entry.ours is None:
@@ -114,7 +115,7 @@ def write_folder(checkpoint: Path, out: Path, export: Export, name: str | None =
         progress.add(tensor.nbytes)
         return split(entry, tensor, model)
 
-    write_tensors(out, model, export.weight_layers, dtype, export.shard_bytes, read)
+    write_tensors(out, listed, export.weight_layers, dtype, export.shard_bytes, read)
 
 
 def _architecture_fields(model: ModelConfig, export: Export) -> dict[str, Any]:
@@ -128,7 +129,13 @@ def _architecture_fields(model: ModelConfig, export: Export) -> dict[str, Any]:
             )
         return stock_sharing.fields(model, export.sources)
     if export.is_stock:
-        return stock_fields(stock_architecture(model, export.architecture))
+        return stock_fields(stock_architecture(model, export.architecture), model)
+    check_kinds(export.sources, model.layer_kinds)
+    if export.adaptive and len(set(model.layer_kinds)) > 1:
+        raise UserError(
+            f"--adaptive is for models whose layers are of one kind, and this one has {model.layer_kinds[0]} and "
+            f"{next(kind for kind in model.layer_kinds if kind != model.layer_kinds[0])}: leave it out"
+        )
     if export.architecture is not None:
         raise UserError("--architecture is for a full export: a model that shares K/V runs code of its own")
     return shared_fields(model, export.sources, export.weight_layers, export.order if export.adaptive else None)
@@ -154,23 +161,20 @@ def _write_json(file: Path, fields: dict[str, Any]) -> None:
 
 def write_tensors(
     out: Path,
-    model: ModelConfig,
+    listed: Sequence[Entry],
     weight_layers: Sequence[int],
     dtype: str,
     shard_bytes: int,
     read: Callable[[Entry], Sequence[torch.Tensor]],
 ) -> None:
-    """Safetensors of all tensors, but for keys and values of layers that are none of ``weight_layers``.
+    """Safetensors of all tensors of ``listed``, but for keys and values of layers that are none of ``weight_layers``.
 
     Args:
         read: from an `Entry` to its tensors in the order of ``entry.theirs``.
     """
     kept = {
-        name: shape
-        for entry in entries(model)
-        for name, shape in entry.theirs.items()
-        if not is_left_out(name, weight_layers)
+        name: shape for entry in listed for name, shape in entry.theirs.items() if not is_left_out(name, weight_layers)
     }
-    wanted = (entry for entry in entries(model) if kept.keys() & entry.theirs.keys())
+    wanted = (entry for entry in listed if kept.keys() & entry.theirs.keys())
     pairs = (pair for entry in wanted for pair in zip(entry.theirs, read(entry)))
     write_weights(out, kept, dtype, shard_bytes, ((name, tensor) for name, tensor in pairs if name in kept))

@@ -27,7 +27,7 @@ def group_costs(measured: Measured, constraints: Constraints, worst: float) -> d
         growing = [first for first in growing if _may_end_at(first + length, constraints)]
         if not growing:
             break
-        tables = {first: (*full[:first], *[first] * length, *full[first + length :]) for first in growing}
+        tables = {first: measured.table_of({*full} - {*full[first + 1 : first + length]}) for first in growing}
         measured.prepare([full, *tables.values()], parts=1)
         for first, table in tables.items():
             costs[first, first + length] = measured.difference(table, full, parts=1).mean

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from skv_dist.routing import map_from_cached_layers
+from skv_dist.routing.kinds import Kinds
 
 Table = tuple[int, ...]
 
@@ -32,6 +33,7 @@ class Measured:
             each map and part.
         counts: predictions that count in each sequence, [n] for each part.
         known: what was measured before: of each map, the sequences of its first parts.
+        kinds: of the layers; None where they are of one kind.
     """
 
     def __init__(
@@ -40,12 +42,17 @@ class Measured:
         measure: Callable[[Sequence[Table], int], Sequence[np.ndarray]],
         counts: Sequence[np.ndarray],
         known: Mapping[Table, np.ndarray] | None = None,
+        kinds: Kinds | None = None,
     ) -> None:
-        self.num_layers = num_layers
+        self.num_layers, self.kinds = num_layers, kinds
         self._measure = measure
         self._counts = np.concatenate(counts).astype(np.float64)
         self._ends = list(accumulate(map(len, counts)))  # sequences of the first parts together
         self._sums = dict(known or {})
+
+    def is_one_kind(self, layer: int, other: int) -> bool:
+        """Whether the two layers may share K/V."""
+        return self.kinds is None or self.kinds[layer] == self.kinds[other]
 
     @property
     def num_parts(self) -> int:
@@ -110,7 +117,7 @@ class Measured:
 
     def table_of(self, layers: Iterable[int]) -> Table:
         """The map in which ``layers`` keep a cache, by the deployment rule."""
-        return map_from_cached_layers(self.num_layers, layers)
+        return map_from_cached_layers(self.num_layers, layers, self.kinds)
 
     def loss_of(self, layers: Iterable[int], parts: int | None = None) -> float:
         return self.loss(self.table_of(layers), parts)

@@ -42,7 +42,8 @@ def with_free_sources(measured: Measured, table: Table) -> Table:
     for layer in reversed(range(len(table))):
         if table[layer] == layer:
             continue
-        best = measured.best((*table[:layer], owner, *table[layer + 1 :]) for owner in owners if owner < layer)
+        possible = [owner for owner in owners if owner < layer and measured.is_one_kind(owner, layer)]
+        best = measured.best((*table[:layer], owner, *table[layer + 1 :]) for owner in possible)
         if _is_better(measured, best, table):
             table = best
     return table

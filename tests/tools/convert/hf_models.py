@@ -19,44 +19,43 @@ LLAMA3 = {
 Call = Callable[..., int]  # runs skv-convert
 
 
-def make(kind: str, tied: bool = False, scaled: bool = False, layers: int = LAYERS, width: int = 32) -> Any:
-    """A ``llama``, ``qwen3`` or ``mistral`` with random weights, norms included."""
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        MistralConfig,
-        MistralForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+def make(
+    kind: str, tied: bool = False, scaled: bool = False, layers: int = LAYERS, width: int = 32, **options: Any
+) -> Any:
+    """A model of a family (``model_type``) with random weights, norms and biases included.
 
-    config, model = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[kind]
-    more: dict[str, Any] = {"sliding_window": None} if kind == "mistral" else {}
+    Args:
+        scaled: with Llama 3's rotary scaling.
+        options: fields of its config.
+    """
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    sizes = {
+        "vocab_size": 262,
+        "hidden_size": width,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16 if kind == "qwen3" else 8,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": LLAMA3 if scaled else {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
+    if kind == "mistral":
+        sizes["sliding_window"] = None
     torch.manual_seed(0)
-    made = model(
-        config(
-            vocab_size=262,
-            hidden_size=width,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16 if kind == "qwen3" else 8,
-            max_position_embeddings=128,
-            initializer_range=0.2,
-            tie_word_embeddings=tied,
-            rms_norm_eps=1e-6,
-            rope_parameters=LLAMA3 if scaled else {"rope_type": "default", "rope_theta": 10000.0},
-            **more,
-        )
-    ).eval()
+    made = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**{**sizes, **options})).eval()
     for name, parameter in made.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
     return made
 
 

@@ -10,7 +10,12 @@ from skv_dist.config.model import ModelConfig
 from skv_dist.errors import UserError
 
 SHAPE = {"num_layers": 3, "hidden_size": 8, "ffn_hidden_size": 12, "num_attention_heads": 2, "num_kv_heads": 1}
-CHANGES = {"llama": {}, "gemma4": {"activation": "geglu", "qk_norm": True}}
+CHANGES = {
+    "llama": {},
+    "olmo2": {"qk_norm": True},
+    "gemma": {"activation": "geglu"},
+    "gemma4": {"activation": "geglu", "qk_norm": True},
+}
 
 
 def model(block: str) -> ModelConfig:

@@ -46,7 +46,7 @@ class _Map(_Fields):
 
 
 class _Rope(_Fields):
-    rope_type: Literal["default", "llama3"]
+    rope_type: Literal["default", "llama3", "linear", "dynamic", "yarn", "longrope"]
     rope_theta: _Positive
     factor: _Positive | None = None
     low_freq_factor: _Positive | None = None
@@ -55,7 +55,7 @@ class _Rope(_Fields):
 
     @model_validator(mode="after")
     def _complete(self) -> "_Rope":
-        if self.rope_type == "default":
+        if self.rope_type != "llama3":  # other types are for transformers to check
             return self
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             if getattr(self, name) is None:
@@ -63,6 +63,28 @@ class _Rope(_Fields):
         if self.low_freq_factor == self.high_freq_factor:
             raise ValueError("low_freq_factor and high_freq_factor are equal")
         return self
+
+
+class _Block(_Fields):
+    """In what the layers depart from Llama's: see ``modeling_skv``, which knows the values that are left out."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    norms: Literal["behind", "both"] | None = None
+    norm_offset: float | None = None
+    scaled_embedding: Literal[True] | None = None
+    qk_norm_over: Literal["all_heads"] | None = None
+    biases: list[Literal["qkv", "attention_output", "mlp"]] | None = None
+    no_rope_layers: list[_Layer] | None = None
+    sliding_window: _Size | None = None
+    sliding_layers: list[_Layer] | None = None
+    sliding_rope_theta: _Positive | None = None
+    embedding_scale: _Positive | None = None
+    residual_scale: _Positive | None = None
+    score_scale: _Positive | None = None
+    logit_divisor: _Positive | None = None
+    score_cap: _Positive | None = None
+    logit_cap: _Positive | None = None
 
 
 class _Ours(_Map):
@@ -78,13 +100,14 @@ class _Ours(_Map):
     max_position_embeddings: _Size
     rms_norm_eps: _Positive
     qk_norm: bool
+    block: _Block | None = None
     tie_word_embeddings: bool
     rope_parameters: _Rope
     kv_source_layers: list[_Layer]
     kv_weight_layers: list[_Layer]
     kv_order: list[_Layer] | None = None
     kv_retention: float | None = None
-    hidden_act: Literal["silu"] = "silu"
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
     bos_token_id: _Token | None = None

@@ -9,6 +9,7 @@ d a head's width.
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,19 @@ def _check_stages(sources: list[int], stages: int) -> None:
                     f"puts in an earlier stage (this one has layers {first} to {end - 1}): use "
                     "--tensor-parallel-size instead, or set VLLM_PP_LAYER_PARTITION so that no stage reads from another"
                 )
+
+
+def _check_block(config: Any) -> None:
+    """Raises:
+    ValueError: the layers are not Llama's or Qwen3's, which alone are written down here."""
+    if getattr(config, "block", None):
+        name, value = next(iter(config.block.items()))
+        raise ValueError(f"block: {name} is {value!r}, which this plugin does not carry: use transformers")
+    if config.rope_parameters["rope_type"] not in ("default", "llama3"):
+        raise ValueError(
+            f"rope_type is {config.rope_parameters['rope_type']!r}, but this plugin was run with 'default' and "
+            "'llama3' only: use transformers"
+        )
 
 
 def _skips(vllm_config: VllmConfig) -> bool:
@@ -298,6 +312,7 @@ class SkvForCausalLM(nn.Module, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         self.config = config = vllm_config.model_config.hf_config
+        _check_block(config)
         config.resolve_sharing()  # of the exported folder's own config class: checks the map, applies kv_retention
         _check_stages(config.kv_source_layers, get_pp_group().world_size)
         _check_skipping(vllm_config, get_pp_group().world_size)

@@ -77,6 +77,17 @@ def _check_type(config: dict[str, Any], folder: Path) -> None:
     """Raises ValueError where the folder is no exported one of ours, or the runtime would refuse it."""
     if config.get("model_type") != "skv":
         raise ValueError(f"{folder} holds a {config.get('model_type')!r} model, not 'skv': use that model's converter")
+    if config.get("block"):
+        name, value = next(iter(config["block"].items()))
+        raise ValueError(
+            f"{folder}: block.{name} is {value!r}, which the ONNX graph written here does not carry: use transformers"
+        )
+    rope_type = config["rope_parameters"]["rope_type"]
+    if rope_type not in ("default", "llama3"):
+        raise ValueError(
+            f"{folder}: rope_type is {rope_type!r}, but the ONNX graph written here carries 'default' and 'llama3' "
+            "only: use transformers"
+        )
     if config["head_dim"] % _HEAD_MULTIPLE:
         raise ValueError(
             f"{folder}: head_dim is {config['head_dim']}, but ONNX Runtime's GroupQueryAttention rotates heads whose "
