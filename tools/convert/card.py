@@ -176,7 +176,7 @@ def _loading_code(name: str, config: dict[str, Any], export: Export, chats: bool
 def _not_carried(config: dict[str, Any]) -> str:
     """In what a model departs from the layers that every engine is given; empty where it does not."""
     names = [f"block.{name}" for name in config.get("block") or {}]
-    rope = config["rope_parameters"]["rope_type"]
+    rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
     return ", ".join([*names, *([] if rope in ("default", "llama3") else [f"rope_type {rope}"])])
 
 

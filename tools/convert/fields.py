@@ -137,10 +137,9 @@ def window_by_layer(asked_by: str | None = "use_sliding_window") -> Said:
             refuse(config, "layer_types", f"{_FULL} and {_SLIDING}")
         window = config.get("sliding_window") if asked_by is None else _window(config) if config.get(asked_by) else None
         layers = [layer for layer, kind in enumerate(kinds) if kind == _SLIDING]
-        if layers and config.get("sliding_window") is None:
-            refuse(
-                config, "layer_types", f"{_SLIDING} with a sliding_window{f' and {asked_by} true' if asked_by else ''}"
-            )
+        is_asked = asked_by is None or bool(config.get(asked_by))
+        if layers and (config.get("sliding_window") is None or not is_asked):
+            refuse(config, "layer_types", f"{_FULL} where sliding_window and use_sliding_window ask for no window")
         return {"sliding_window": window if layers else None, "sliding_layers": layers if window is not None else []}
 
     def write(model: ModelConfig) -> Config:

@@ -160,6 +160,8 @@ def test_what_is_not_said_is_as_in_transformers(kind: str, given: dict[str, Any]
             "short_factors has 2 entries, but half of head_dim is 1",
         ),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers is [1]"),
+        # transformers would take this window, whatever use_sliding_window says
+        ("smollm3", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 2}, "layer_types is"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention among the settings"),
         ("llama", {"rope_scaling": {"type": "default", "mrope_section": [1, 1]}}, "mrope_section among the settings"),
         ("llama", {"rope_scaling": "llama3"}, "rope_scaling is 'llama3'"),
