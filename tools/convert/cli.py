@@ -17,6 +17,7 @@ from .searched import found_map, found_order
 def _from_hf(arguments: argparse.Namespace) -> int:
     from skv_dist.files import new_folder
 
+    from .brought import brought
     from .failed import check_or_keep, keep
     from .findings import table
     from .from_hf import MODEL_FILE, write_start
@@ -24,15 +25,15 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     from .reference import TEXT
     from .verify import verify_start
 
-    with new_folder(arguments.out) as folder:
-        start = write_start(arguments.folder, folder, arguments.tokenizer, arguments.out)
+    with new_folder(arguments.out) as folder, brought(arguments.folder, arguments.out.parent) as (source, hub_name):
+        start = write_start(source, folder, arguments.tokenizer, arguments.out, hub_name)
         for note in start.notes:
             say(f"{arguments.folder}: {note}")
         if not arguments.no_verify:
             say(f"{arguments.out}: comparing with {arguments.folder} in transformers")
             again = f"skv-convert from-hf {arguments.folder} OUT"
             try:
-                findings = verify_start(arguments.folder, folder, start.tokenizer.encode(TEXT)[None, :64])
+                findings = verify_start(source, folder, start.tokenizer.encode(TEXT)[None, :64])
             except (UserError, MemoryError) as error:
                 raise keep(folder, arguments.out, f"it could not be compared: {error}", [], again) from error
             print(table(findings))
@@ -202,7 +203,11 @@ def _parser() -> ArgumentParser:
         "base: weights/qwen3/model.yaml",
     )
     start.set_defaults(action=_from_hf)
-    start.add_argument("folder", type=Path, help="holds config.json, safetensors and a tokenizer")
+    start.add_argument(
+        "folder",
+        help="holds config.json, safetensors and a tokenizer; or the name of a model on the hub, such as "
+        "Qwen/Qwen3-0.6B, or a file of GGUF (pip install 'skv-dist[gguf]')",
+    )
     start.add_argument("out", type=Path, help="folder to create")
     start.add_argument("--tokenizer", metavar="NAME", help="for data.tokenizer (default: the folder's own)")
     start.add_argument("--no-verify", action="store_true", help="do not compare with the folder, in transformers")

@@ -76,7 +76,7 @@ def from_hf(source: Path, out: Path, tokenizer_name: str | None) -> int:
         return write_start(source, folder, tokenizer_name, out).num_parameters
 
 
-def write_start(source: Path, out: Path, tokenizer_name: str | None, name: Path) -> Start:
+def write_start(source: Path, out: Path, tokenizer_name: str | None, name: Path, hub_name: str | None = None) -> Start:
     """Write into the folder ``out``.
 
     ``out`` then holds the weights, the tokenizer, ``origin.json``, ``config.yaml`` (a whole run configuration to
@@ -84,13 +84,14 @@ def write_start(source: Path, out: Path, tokenizer_name: str | None, name: Path)
 
     Args:
         name: what ``out`` will be called.
+        hub_name: of the model, where ``source`` is the hub's.
 
     Raises:
         UserError: what cannot be represented, or read.
     """
     folder = HuggingFaceFolder(source)
     folder.check_dtypes()
-    config = complete(folder.config)
+    config = complete(folder.config if hub_name is None else {**folder.config, "_name_or_path": hub_name})
     section = model_section(config)
     if section["tie_embeddings"] and _has_own_head(folder):
         section["tie_embeddings"] = False

@@ -5,10 +5,7 @@ from pathlib import Path
 from skv_dist.checkpoint.folder import CHECKPOINTS, MANIFEST
 from skv_dist.errors import UserError
 
-_GGUF = (
-    "load it in transformers by from_pretrained(FOLDER, gguf_file=NAME), which widens its numbers, and convert what "
-    "save_pretrained writes"
-)
+_GGUF = "`skv-convert from-hf` makes a checkpoint of one"
 
 
 def refuse_other_kinds(folder: Path) -> None:
@@ -34,5 +31,7 @@ def _no_folder(folder: Path) -> str:
     if folder.is_file():
         return f"{folder} is a GGUF file: {_GGUF}" if folder.suffix == ".gguf" else f"{folder} is a file, not a folder"
     if len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists():
-        return f"{folder} is not a folder; a model of the hub comes by `hf download {folder} --local-dir FOLDER`"
+        return (
+            f"{folder} is not a folder; a model of the hub comes by `hf download {folder}`, or by `skv-convert from-hf`"
+        )
     return f"{folder} is not a folder"
