@@ -18,6 +18,7 @@ from skv_dist.data.tokenize import prepare
 from skv_dist.data.tokenizer import ByteTokenizer
 from skv_dist.errors import UserError
 from tests.support.jobs.loop import run_training
+from tests.support.runs import write_text
 from tests.support.settings import run_settings
 
 tokenizer = ByteTokenizer()
@@ -102,7 +103,10 @@ def test_what_has_no_end_tokens_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     assert "2 of 3 documents looked at do not end with token" in capsys.readouterr().out
 
 
-def test_a_blend_is_trained_on_and_a_run_goes_on(workers: Any, text: Path, tmp_path: Path) -> None:
+def test_a_blend_is_trained_on_and_a_run_goes_on(workers: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    write_text(text)
     draw = np.random.default_rng(0)
     documents = [[[*draw.integers(0, 200, 60).tolist(), END]] for _ in range(60)]
     sources = [

@@ -75,9 +75,9 @@ def borrowed_kv_detached() -> Any:
 
     right = RoutedChunk.run_layer
 
-    def wrong(self: Any, number: int, hidden: Any, rotary: Any, mask: Any, borrowed: Any, *rest: Any) -> Any:
+    def wrong(self: Any, number: int, hidden: Any, places: Any, borrowed: Any, *rest: Any) -> Any:
         detached = None if borrowed is None else type(borrowed)(borrowed.key.detach(), borrowed.value.detach())
-        return right(self, number, hidden, rotary, mask, detached, *rest)
+        return right(self, number, hidden, places, detached, *rest)
 
     return mock.patch.object(RoutedChunk, "run_layer", wrong)
 
