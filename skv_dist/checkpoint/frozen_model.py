@@ -13,6 +13,7 @@ _ONE_PROCESS = [
     "parallel.tensor=1",
     "parallel.sequence_parallel=false",
     "parallel.zero_stage=0",
+    "parallel.overlap_comm=false",
     "train.compile=false",
     "parallel.pipeline=1",
     "parallel.virtual_pipeline=1",

@@ -51,7 +51,7 @@ def _parser() -> ArgumentParser:
         epilog="example: skv-data export data/corpus data/corpus_text_document",
     )
     export.add_argument("folder", type=Path, help="what skv-data prepare made")
-    export.add_argument("prefix", type=Path, help="what the names of the two files begin with")
+    export.add_argument("prefix", type=Path, help="what the names of the two files begin with, or one of them")
     return parser
 
 
@@ -74,10 +74,11 @@ def _add_source_arguments(action: argparse.ArgumentParser) -> None:
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.action == "export":
-        from skv_dist.data.megatron_set import export
+        from skv_dist.data.megatron_set import export, prefix_of
 
-        made = export(arguments.folder, arguments.prefix)
-        print(f"{arguments.prefix}.bin, .idx: {made.num_documents:,} documents, {len(made.tokens):,} tokens")
+        prefix = prefix_of(str(arguments.prefix))
+        made = export(arguments.folder, prefix)
+        print(f"{prefix}.bin, .idx: {made.num_documents:,} documents, {len(made.tokens):,} tokens")
         return 0
     sources = _sources(arguments)
     from skv_dist.data.tokenizer import load_tokenizer

@@ -85,8 +85,7 @@ def search_layers(argv: list[str]) -> int:
     from skv_dist.evaluation.search.search import search, sizes
 
     layers, kinds = run.model.num_layers, run.model.layer_kinds
-    keep = {*arguments.keep, *first_layers(layers, kinds)}  # which nobody could lend K/V
-    constraints = Constraints.of(layers, keep, arguments.apart, arguments.stages)
+    constraints = Constraints.of(layers, arguments.keep, arguments.apart, arguments.stages, kinds)
     sizes(arguments.budgets, constraints)
 
     from skv_dist.checkpoint.frozen_model import frozen_model

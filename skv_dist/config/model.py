@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from skv_dist.config.blocks import BLOCK_STYLES, OPTIONS, BlockStyle
 from skv_dist.config.rope import RopeScaling
@@ -198,6 +198,12 @@ class ModelConfig(Section):
             LayerKind(layer in self.sliding_layers, layer not in self.no_rope_layers)
             for layer in range(self.num_layers)
         )
+
+    @field_validator("biases")
+    @classmethod
+    def _each_once(cls, biases: list[str]) -> list[str]:
+        """In one order, whichever they were given in: two models with the same biases are the same."""
+        return [bias for bias in ("qkv", "attention_output", "mlp") if bias in biases]
 
     @model_validator(mode="after")
     def _block_is_whole(self) -> "ModelConfig":

@@ -61,6 +61,9 @@ def prefix_of(path: str) -> Path:
 def export(folder: Path, prefix: Path) -> PreparedSet:
     """Write a prepared set as ``PREFIX.bin`` and ``PREFIX.idx``, which Megatron and this framework read.
 
+    Args:
+        prefix: as `prefix_of` returns it.
+
     Raises:
         UserError: it is no prepared set, its documents are examples, or a file is there already or cannot be written.
     """

@@ -18,9 +18,11 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def run(workers: Any, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """(last checkpoint, last line of metrics) of a run over two replicas."""
+    """(last checkpoint, last line of metrics) of a run over two replicas, in a layout that one process cannot have."""
     out = tmp_path_factory.mktemp("evaluated") / "run"
-    lines = workers(2)(run_training, run_settings(text, out, train={"steps": STEPS}, eval={"every": STEPS}))[0]
+    layout = {"zero_stage": 2, "overlap_comm": True}
+    given = run_settings(text, out, train={"steps": STEPS}, eval={"every": STEPS}, parallel=layout)
+    lines = workers(2)(run_training, given)[0]
     return files.folder_of(out / "checkpoints", STEPS), lines[-1]
 
 

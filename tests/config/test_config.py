@@ -35,6 +35,11 @@ def test_shipped_shapes_are_bases(shape: Path, tmp_path: Path) -> None:
     assert load_config(own).model.qk_norm == shape.name.startswith(("qwen3", "olmo", "gemma-3", "gemma4"))
 
 
+def test_biases_are_the_same_in_any_order() -> None:
+    one, other = (load_config(REFERENCE, [f"model.biases={given}"]) for given in ("[mlp, qkv, mlp]", "[qkv, mlp]"))
+    assert one == other
+
+
 def test_the_resolved_configuration_reads_back_the_same(tmp_path: Path) -> None:
     run = load_config(REFERENCE, ["routing.cross_prob=[[0, 0.0], [10, 0.5]]", "optimizer.lr=1e-4"])
     file = tmp_path / "config.yaml"

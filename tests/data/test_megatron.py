@@ -83,7 +83,7 @@ def test_a_prepared_set_is_written_for_megatron(
     )
     assert sorted(samples_of(exported)) == sorted(samples_of(prepared))
     assert not capsys.readouterr().out
-    assert data(monkeypatch, "export", tmp_path / "set", tmp_path / "out") == 2
+    assert data(monkeypatch, "export", tmp_path / "set", tmp_path / "out.bin") == 2
     assert "out.bin exists: choose another name" in capsys.readouterr().err
 
 

@@ -133,7 +133,7 @@ def test_sharers_take_the_owner_that_suits_them() -> None:
         return np.full(16, 10.0 * (table[3] != 0) + (table[5] != 4))
 
     model = model_of(measure, 6)
-    assert with_free_sources(model, (0, 0, 2, 2, 4, 4)) == (0, 0, 2, 0, 4, 4)
+    assert with_free_sources(model, Constraints.of(6), (0, 0, 2, 2, 4, 4)) == (0, 0, 2, 0, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,19 @@ def test_what_must_hold_holds(constraints: Constraints) -> None:
             assert model.loss_of(found.layers) == pytest.approx(best, abs=1e-9)
         for size in range(result.fewest, LAYERS + 1):
             assert constraints.allow(result.order[:size])
+
+
+@pytest.mark.parametrize("kinds", [None, ("window", "full") * 4], ids=["one kind", "two kinds"])
+@pytest.mark.parametrize("given", [{"apart": 2}, {"stages": 2}], ids=["apart", "stages"])
+def test_no_map_does_what_constraints_rule_out(given: dict[str, int], kinds: tuple[str, ...] | None) -> None:
+    """Nor where layers of another kind lie between, or sharers choose among owners."""
+    constraints = Constraints.of(LAYERS, kinds=kinds, **given)
+    reads_first = model_of(lambda table: 100.0 * np.full(16, -table.count(0) - table.count(1)), kinds=kinds)
+    for model in (model_of(lambda table: 100.0 * np.full(16, len(set(table))), kinds=kinds), reads_first):
+        for found in search(model, [0.5, 0.75], constraints, free_sources=True).found:
+            assert max(map(found.table.count, found.layers)) <= given.get("apart", LAYERS)
+            stage = LAYERS // given.get("stages", 1)
+            assert all(layer // stage == source // stage for layer, source in enumerate(found.table))
 
 
 @pytest.mark.parametrize(

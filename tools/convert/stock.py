@@ -21,11 +21,14 @@ def stock_architecture(model: ModelConfig, asked: str | None) -> str:
     lacking = {name: _not_said(name, model) for name in FAMILIES}
     possible = [name for name, keys in lacking.items() if not keys]
     if not possible:
-        nearest = min(lacking, key=lambda name: len(lacking[name]))
+        of_block = [name for name in lacking if FAMILIES[name].block == model.block]
+        nearest = min(of_block, key=lambda name: len(lacking[name]))
         key = lacking[nearest][0]
+        # An adaptive folder has layers of one kind (`to_hf`).
+        option = "--adaptive" if len(set(model.layer_kinds)) == 1 else "a map in which layers share (--retention)"
         raise UserError(
             f"no architecture of transformers that is known here has these layers: the nearest, {nearest}, cannot say "
-            f"model.{key} {getattr(model, key)!r}; --adaptive exports the model with code of ours"
+            f"model.{key} {getattr(model, key)!r}; with {option} the model is exported with code of ours"
         )
     if asked is not None and asked not in possible:
         key = lacking[asked][0]

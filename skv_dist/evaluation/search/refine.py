@@ -34,7 +34,7 @@ def _offers(measured: Measured, constraints: Constraints, current: Table, tries:
     return [measured.table_of(each) for each in sets if constraints.allow(each)]
 
 
-def with_free_sources(measured: Measured, table: Table) -> Table:
+def with_free_sources(measured: Measured, constraints: Constraints, table: Table) -> Table:
     """The map in which a sharer may use any owner before it, not only the nearest. From the last sharer to the first,
     each takes the owner with which the loss is lowest, where that beats its standard error.
     """
@@ -43,7 +43,8 @@ def with_free_sources(measured: Measured, table: Table) -> Table:
         if table[layer] == layer:
             continue
         possible = [owner for owner in owners if owner < layer and measured.is_one_kind(owner, layer)]
-        best = measured.best((*table[:layer], owner, *table[layer + 1 :]) for owner in possible)
+        offers = [(*table[:layer], owner, *table[layer + 1 :]) for owner in possible]
+        best = measured.best(offer for offer in offers if constraints.allow_map(offer))
         if _is_better(measured, best, table):
             table = best
     return table

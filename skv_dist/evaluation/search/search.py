@@ -83,6 +83,6 @@ def search(
             raise UserError(f"no set of {size} layers was found that --keep, --apart and --stages allow")
         table = measured.best(swapped(measured, constraints, start) for start in starts)
         if free_sources:
-            table = with_free_sources(measured, table)
+            table = with_free_sources(measured, constraints, table)
         found.append(Found(budget, tuple(sorted(set(table))), table))
     return Result(found, order, fewest)

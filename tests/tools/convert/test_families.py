@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from skv_tools.convert import layerwise
 from skv_tools.convert.families import FAMILIES
 from skv_tools.convert.from_hf import from_hf
+from skv_tools.convert.stock import stock_architecture
 
 from skv_dist.config.model import ModelConfig
+from skv_dist.errors import UserError
 from skv_dist.model.chunk import RoutedChunk
 from skv_dist.model.layer import RoutedLayer
 from skv_dist.model.norm import AllHeadsNorm, OffsetRMSNorm, RMSNorm
@@ -130,6 +132,21 @@ def _norm_not_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _embedding_not_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RoutedChunk, "_embedding_factor", lambda self, dtype: 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"qk_norm": True, "logit_divisor": 2.0}, "qwen3, cannot say model.logit_divisor 2.0; with --adaptive the"),
+        ({"qk_norm": True, "no_rope_layers": [3]}, "cannot say model.no_rope_layers [3]; with a map in which layers"),
+        ({"block": "gemma", "activation": "geglu", "score_scale": 0.3}, "gemma2, cannot say model.score_scale 0.3"),
+    ],
+)
+def test_what_no_architecture_has_is_named(given: dict[str, Any], message: str) -> None:
+    """And only a way that is open: an adaptive folder has layers of one kind."""
+    sizes = {"num_layers": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_kv_heads": 2}
+    with pytest.raises(UserError, match=re.escape(message)):
+        stock_architecture(ModelConfig.model_validate({**sizes, "vocab_size": 64, **given}), None)
 
 
 @pytest.mark.parametrize(
