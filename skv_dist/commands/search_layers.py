@@ -124,11 +124,13 @@ def _progress(arguments: argparse.Namespace, run: RunConfig, world: "World") -> 
     from skv_dist.checkpoint.folder import MANIFEST, digest
     from skv_dist.config.load import dump_config
     from skv_dist.evaluation.search.progress import Progress
+    from skv_dist.evaluation.search.sequences import FEWEST
 
     if arguments.json is None or (arguments.json.exists() and not arguments.json.is_file()):
         return None
-    # The replicas too: what they share out comes in another order with another number of them.
-    measured_on = f"{digest(arguments.checkpoint / MANIFEST)['sha256']}\n{world.data_size}\n{dump_config(run)}"
+    # Replicas share out sequences, and parts follow from the size of the first: both say which sums are whose.
+    order = f"{world.data_size} {FEWEST}"
+    measured_on = f"{digest(arguments.checkpoint / MANIFEST)['sha256']}\n{order}\n{dump_config(run)}"
     identity = hashlib.sha256(measured_on.encode()).hexdigest()
     return Progress(arguments.json.with_name(f"{arguments.json.name}.partial"), identity)
 

@@ -15,7 +15,9 @@ from skv_dist.routing.kinds import Kinds
 Table = tuple[int, ...]
 
 _ROUND = 16  # maps measured at once: what an interruption loses
-_SURE = 3.0  # standard errors by which a map must be behind another to be given up before all sequences are measured
+# Standard errors by which a map must be behind another to be given up before all sequences are measured: chance makes it
+# so once in 200 times after the first eight sequences, and more seldom after more (Student's t).
+_SURE = 3.5
 
 
 class Difference(NamedTuple):
@@ -77,7 +79,7 @@ class Measured:
 
     def best(self, tables: Iterable[Table]) -> Table:
         """The map with the least loss, found by a race (Maron & Moore 1994): behind each part those drop out which
-        are behind the leader by more than three standard errors.
+        are behind the leader by more than 3.5 standard errors.
         """
         left = sorted(set(tables))
         for parts in range(1, self.num_parts + 1):

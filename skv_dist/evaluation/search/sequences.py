@@ -23,7 +23,7 @@ def shares_prefixes(run: RunConfig) -> bool:
     return run.parallel.pipeline == 1
 
 
-_FEWEST = 4  # sequences in the first part, so that a difference has an error
+FEWEST = 8  # sequences in the first part: the error of a difference must be worth something
 
 
 class SequenceLosses:
@@ -40,7 +40,7 @@ class SequenceLosses:
         self._num_predictions = count_predictions(batches)
         group = run.parallel.pipeline if run.parallel.virtual_pipeline > 1 else 1  # what the interleaved schedule takes
         together = batches[0].loss_mask.shape[0] * parallel_state.get_data_parallel_world_size() * group
-        ends = _doubling(len(batches), group * -(-_FEWEST // together))
+        ends = _doubling(len(batches), group * -(-FEWEST // together))
         self._parts = [batches[begin:end] for begin, end in zip([0, *ends], ends)]
         counts = [_over_replicas(torch.cat([batch.loss_mask.sum(dim=-1) for batch in part])) for part in self._parts]
         self._counted = [part > 0 for part in counts]  # micro-batches are filled up with samples that do not count

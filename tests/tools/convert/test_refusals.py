@@ -150,5 +150,5 @@ def test_what_is_no_folder_of_transformers_is_named(
 
 
 def test_a_name_of_the_hub_is_not_looked_up(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("from-hf", "someone/model", tmp_path / "out") == 2
-    assert "comes by `hf download someone/model --local-dir FOLDER`" in capsys.readouterr().err
+    assert call("to-onnx", "someone/model", tmp_path / "out") == 2
+    assert "comes by `hf download someone/model`, or by `skv-convert from-hf`" in capsys.readouterr().err
