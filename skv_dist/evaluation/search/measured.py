@@ -15,8 +15,8 @@ from skv_dist.routing.kinds import Kinds
 Table = tuple[int, ...]
 
 _ROUND = 16  # maps measured at once: what an interruption loses
-# Standard errors by which a map must be behind another to be given up before all sequences are measured: by chance it is
-# so once in 200 times after the first eight sequences, and more seldom after more (Student's t).
+# Standard errors by which a map must be behind another to be given up before all sequences are measured.
+# By chance it is so once in 200 times after the first eight sequences, and more seldom after more (Student's t).
 _SURE = 3.5
 
 
