@@ -16,6 +16,16 @@ from tests.tools.convert.family_cases import CASES
 from tests.tools.convert.hf_models import LLAMA3, make, save
 
 
+def converted(model: Any, folder: Path, length: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Some tokens [2, length], transformers' logits for them, and the weights of the checkpoint ``folder / "ours"``."""
+    from_hf(save(model, folder / "hf"), folder / "ours", "byte")
+    tokens = torch.randint(0, 262, (2, length))
+    with torch.no_grad():
+        theirs = model(tokens).logits.numpy()
+    read = read_tensors(folder / "ours", list(tensor_shapes(folder / "ours")))
+    return tokens.numpy(), theirs, {name.removeprefix("model."): value.numpy() for name, value in read.items()}
+
+
 @pytest.mark.parametrize(
     ("kind", "tied", "scaled", "processes"),
     [
@@ -29,14 +39,7 @@ from tests.tools.convert.hf_models import LLAMA3, make, save
 def test_logits_equal_transformers(
     workers: Any, tmp_path: Path, kind: str, tied: bool, scaled: bool, processes: int
 ) -> None:
-    model = make(kind, tied, scaled, layers=4)
-    from_hf(save(model, tmp_path / "hf"), tmp_path / "ours", "byte")
-    tokens = torch.randint(0, 262, (2, 48))
-    with torch.no_grad():
-        theirs = model(tokens).logits.numpy()
-
-    names = list(tensor_shapes(tmp_path / "ours"))
-    weights = {n.removeprefix("model."): t.numpy() for n, t in read_tensors(tmp_path / "ours", names).items()}
+    tokens, theirs, weights = converted(make(kind, tied, scaled, layers=4), tmp_path, length=48)
     settings = config(
         model={
             "num_layers": 4,
@@ -50,23 +53,17 @@ def test_logits_equal_transformers(
         data={"sequence_length": 48},
         parallel={"zero_stage": 0, "tensor": processes},
     )
-    ours = workers(processes)(parity.logits, settings, weights, tokens.numpy(), [0, 1, 2, 3])[0][..., :262]
+    ours = workers(processes)(parity.logits, settings, weights, tokens, [0, 1, 2, 3])[0][..., :262]
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
-    wrong = workers(processes)(parity.logits, settings, weights, tokens.numpy(), [0, 1, 1, 3])[0][..., :262]
+    wrong = workers(processes)(parity.logits, settings, weights, tokens, [0, 1, 1, 3])[0][..., :262]
     assert np.abs(wrong - theirs).max() > 1e-2 * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_of_families_equal_transformers(workers: Any, tmp_path: Path, name: str) -> None:
     """Over two tensor-parallel ranks, in texts that are longer than what rotary positions were first made for."""
-    model = CASES[name].model()
-    from_hf(save(model, tmp_path / "hf"), tmp_path / "ours", "byte")
-    tokens = torch.randint(0, 262, (2, 80))
-    with torch.no_grad():
-        theirs = model(tokens).logits.numpy()
-    names = list(tensor_shapes(tmp_path / "ours"))
-    weights = {n.removeprefix("model."): t.numpy() for n, t in read_tensors(tmp_path / "ours", names).items()}
+    tokens, theirs, weights = converted(CASES[name].model(), tmp_path, length=80)
     section = config_of(tmp_path / "ours").model.model_dump()
     settings = config(model=section, parallel={"zero_stage": 0, "tensor": 2})
-    ours = workers(2)(parity.logits, settings, weights, tokens.numpy(), [0, 1, 2, 3])[0][..., :262]
+    ours = workers(2)(parity.logits, settings, weights, tokens, [0, 1, 2, 3])[0][..., :262]
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
