@@ -51,6 +51,8 @@ def test_the_file_says_what_was_found(found: tuple[str, Any], checkpoint: Path, 
     assert content["order"][0] == 0
     assert [len(entry["layers"]) for entry in content["budgets"]] == [4, 2]
     assert "order, the most needed first" in printed
+    assert f"{content['maps_measured']} maps measured, {content['maps_measured_on_all']} of them on all" in printed
+    assert 0 < content["maps_measured_on_all"] <= content["maps_measured"]
     assert "trained without routing" in printed  # what half of the cache costs such a model
     for entry in content["budgets"]:
         assert entry["rise"] == pytest.approx(entry["loss"] - content["full"]["loss"], abs=1e-9)
