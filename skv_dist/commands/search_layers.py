@@ -252,7 +252,8 @@ def _nearest_half(entries: list[dict[str, Any]]) -> dict[str, Any] | None:
 def _table(content: dict[str, Any]) -> str:
     lines = [
         f"full cache: {content['full']['loss']:.4f} nats/token on {content['sequences']} sequences that the search has "
-        f"not seen; {content['maps_measured']} maps measured, {content['maps_measured_on_all']} of them on all sequences",
+        f"not seen; {content['maps_measured']} maps measured, {content['maps_measured_on_all']} of them on all of the "
+        "search's own",
         f"{'budget':>6} {'layers':>6} {'bytes/token':>11} {'rise':>8} {'error':>7} {'evenly':>8} {'first':>8} "
         f"{'random':>8}  layers that keep their cache",
     ]
