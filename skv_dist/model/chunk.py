@@ -67,6 +67,7 @@ class RoutedChunk(MegatronModule):
         # The head's weight where it is tied to an embedding on another stage (`skv_dist.parallel.engines.tied`).
         self.tied_weight: torch.Tensor | None = None  # no parameter
         self._model = model
+        self._kinds = model.layer_kinds  # once: each forward asks for them in every layer
         self._compiled_loss = run.train.compile
 
         groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -205,7 +206,7 @@ class RoutedChunk(MegatronModule):
         self, tokens: torch.Tensor, documents: torch.Tensor | None = None, cache: KvCache | None = None
     ) -> Places:
         """What this chunk's layers know of positions; arguments as in `forward`."""
-        kinds = [self._model.layer_kinds[number] for number in self.numbers]
+        kinds = self._kinds[self.numbers.start : self.numbers.stop]
         return places_of(self._model, kinds, self.rotary_tables, tokens, documents, cache)
 
     def _run_layers(
@@ -254,7 +255,7 @@ class RoutedChunk(MegatronModule):
     ) -> tuple[torch.Tensor, KV | None]:
         """`RoutedLayer.forward` of one layer, recomputed in backward where the run says so."""
         layer = self.layers[str(number)]
-        rotary, mask = places[self._model.layer_kinds[number]]
+        rotary, mask = places[self._kinds[number]]
         if not (self.recompute_layers and self.training):
             if extend is None:
                 return layer(hidden, rotary, mask, borrowed, lends)

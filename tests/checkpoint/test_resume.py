@@ -31,6 +31,9 @@ SAME = [
 ]
 
 
+WITHOUT_FSDP = (Layout(zero_stage=0), Layout(replicas=2, zero_stage=2), Layout(zero_stage=3))
+
+
 @pytest.mark.parametrize(("layout", "precision", "in_background"), SAME)
 def test_resuming_on_the_same_layout_is_bitwise(
     workers: Any, text: Path, tmp_path: Path, layout: Layout, precision: str, in_background: bool
@@ -45,12 +48,7 @@ def test_resuming_on_the_same_layout_is_bitwise(
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        Layout(zero_stage=0),
-        Layout(replicas=2, zero_stage=2),
-        Layout(zero_stage=3),
-        Layout(replicas=2, zero_stage=3, engine="fsdp"),
-    ],
+    [*WITHOUT_FSDP, Layout(replicas=2, zero_stage=3, engine="fsdp")],
     ids=str,
 )
 def test_frozen_weights_have_no_moments_and_resume(workers: Any, text: Path, tmp_path: Path, layout: Layout) -> None:
@@ -67,12 +65,7 @@ def test_frozen_weights_have_no_moments_and_resume(workers: Any, text: Path, tmp
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        Layout(zero_stage=0),
-        Layout(replicas=2, zero_stage=2),
-        Layout(zero_stage=3),
-        Layout(replicas=2, zero_stage=2, engine="fsdp"),
-    ],
+    [*WITHOUT_FSDP, Layout(replicas=2, zero_stage=2, engine="fsdp")],
     ids=str,
 )
 def test_nothing_is_drawn_where_a_checkpoint_is_loaded(

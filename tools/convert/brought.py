@@ -13,7 +13,9 @@ from skv_dist.errors import UserError, cause_in_one_line
 from .progress import say
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # not the same weights in other formats
+# The card for its licence. Not the same weights once more, in other formats or as Mistral and Meta name them.
+_WANTED = ["README.md", "*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_UNWANTED = ["*/*", "consolidated*"]
 _GGUF = ".gguf"
 
 
@@ -68,7 +70,7 @@ def _downloaded(name: str) -> Path:
 
     say(f"{name}: there is no such folder; taken from the Hugging Face hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:
         raise UserError(f"{name} is no folder, and cannot be had from the hub: {cause_in_one_line(error)}") from error
 

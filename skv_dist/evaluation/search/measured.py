@@ -121,5 +121,5 @@ class Measured:
         """The map in which ``layers`` keep a cache, by the deployment rule."""
         return map_from_cached_layers(self.num_layers, layers, self.kinds)
 
-    def loss_of(self, layers: Iterable[int], parts: int | None = None) -> float:
-        return self.loss(self.table_of(layers), parts)
+    def loss_of(self, layers: Iterable[int]) -> float:
+        return self.loss(self.table_of(layers))

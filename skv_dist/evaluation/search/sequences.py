@@ -14,6 +14,8 @@ from skv_dist.parallel.engines.base import Engine
 from skv_dist.parallel.run_batch import count_predictions, run_batch
 from skv_dist.routing import RoutePlan
 
+FEWEST = 8  # sequences in the first part: the error of a difference must be worth something
+
 
 def shares_prefixes(run: RunConfig) -> bool:
     """Whether layers that maps agree on run once for all of them: where each rank holds (its part of) all layers.
@@ -21,9 +23,6 @@ def shares_prefixes(run: RunConfig) -> bool:
     Pipeline stages measure one map after the other, through the schedule of a training step.
     """
     return run.parallel.pipeline == 1
-
-
-FEWEST = 8  # sequences in the first part: the error of a difference must be worth something
 
 
 class SequenceLosses:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from skv_tools.convert.brought import brought
 from tokenizers.pre_tokenizers import ByteLevel
 
 from skv_dist.checkpoint.load import read_tensors, tensor_shapes
@@ -51,6 +52,22 @@ def test_a_model_of_the_hub_is_taken_from_there(
     assert f"{NAME}: there is no such folder; taken from the Hugging Face hub" in capsys.readouterr().err
     assert json.loads(Path("ours/origin.json").read_text())["base_model"] == NAME
     assert_same_weights(Path("ours"), Path("local"))
+
+
+def test_of_a_model_on_the_hub_its_weights_come_once_and_its_card_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: dict[str, list[str]] = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **patterns: asked.update(patterns) or ".")
+    with brought(NAME, Path()) as (_, hub_name):
+        assert hub_name == NAME
+    wanted = [
+        *("README.md", "config.json", "generation_config.json", "model-00001-of-00002.safetensors", "merges.txt"),
+        *("model.safetensors.index.json", "tokenizer.model", "chat_template.jinja"),
+    ]
+    others = ["consolidated.safetensors", "original/consolidated.00.pth", "original/params.json", "pytorch_model.bin"]
+    assert list(filter_repo_objects([*wanted, *others, "onnx/model.onnx"], **asked)) == wanted
 
 
 @pytest.mark.parametrize("name", [NAME, "./owner/model", "owner/model/"])
