@@ -90,17 +90,18 @@ def configuration(arguments: argparse.Namespace, asked: list[str]) -> RunConfig:
 def _data_overrides(paths: list[str], trained: DataConfig) -> list[str]:
     """Keys by which `paths` are all that is read. Fields are named as in the run's first source of the same format."""
     from skv_dist.data.local_files import format_of_all
-    from skv_dist.data.megatron_set import SUFFIXES
+    from skv_dist.data.megatron_set import SUFFIXES, files_of
     from skv_dist.data.token_set import META
 
     sources = []
     for path in paths:
         place = Path(path).expanduser()
-        if not place.exists():
+        is_prefix = not place.exists() and all(file.is_file() for file in files_of(place))
+        if not (place.exists() or is_prefix):
             raise UserError(f"--data {path}: there is no such file or folder")
         if (place / META).is_file():
             kind = "prepared"
-        elif place.suffix in SUFFIXES:
+        elif is_prefix or place.suffix in SUFFIXES:
             kind = "megatron"
         else:
             kind = format_of_all(path, [], "name the files in place of their folder")

@@ -37,7 +37,7 @@ class MappedTokens:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         self._called, self._vocab_size = called, vocab_size
-        self._file = prefix.with_name(f"{prefix.name}.bin")
+        self._file = Path(f"{prefix}.bin")
         try:
             index = IndexedDataset(str(prefix), mmap=True).index
             lengths = np.asarray(index.sequence_lengths, dtype=np.int64)

@@ -32,9 +32,9 @@ class MegatronSet(MappedTokens):
 
     def __init__(self, path: str, tokenizer: Tokenizer) -> None:
         prefix, called = prefix_of(path), f"data source '{path}'"
-        for suffix in SUFFIXES:
-            if not prefix.with_name(prefix.name + suffix).is_file():
-                raise UserError(f"{called}: there is no file {prefix}{suffix}; path is what both names begin with")
+        for file in files_of(prefix):
+            if not file.is_file():
+                raise UserError(f"{called}: there is no file {file}; path is what both names begin with")
         super().__init__(prefix, called, f"{prefix.name}.idx is no index of a text, or damaged", tokenizer.vocab_size)
         self.content = self._content_of_tokens()
         if os.environ.get("RANK", "0") == "0":
@@ -58,6 +58,11 @@ def prefix_of(path: str) -> Path:
     return place.with_suffix("") if place.suffix in SUFFIXES else place
 
 
+def files_of(prefix: Path) -> tuple[Path, ...]:
+    """The two files of a set, in the order of `SUFFIXES`."""
+    return tuple(Path(f"{prefix}{suffix}") for suffix in SUFFIXES)
+
+
 def export(folder: Path, prefix: Path) -> PreparedSet:
     """Write a prepared set as ``PREFIX.bin`` and ``PREFIX.idx``, which Megatron and this framework read.
 
@@ -67,21 +72,23 @@ def export(folder: Path, prefix: Path) -> PreparedSet:
     Raises:
         UserError: it is no prepared set, its documents are examples, or a file is there already or cannot be written.
     """
+    if prefix.name in ("", ".."):
+        raise UserError(f"{prefix} is a folder: name what both files begin with, such as {prefix / folder.name}")
     prepared = PreparedSet(folder)
     if prepared.answers is not None:
         raise UserError(f"{folder} holds examples: Megatron's format cannot say which of their tokens are answers")
-    files = {suffix: prefix.with_name(prefix.name + suffix) for suffix in SUFFIXES}
-    for file in files.values():
+    files = files_of(prefix)
+    for file in files:
         if file.exists():
             raise UserError(f"{file} exists: choose another name, or remove it")
     try:
-        for suffix, file in files.items():
+        for suffix, file in zip(SUFFIXES, files, strict=True):
             shutil.copyfile((folder / TOKENS).with_suffix(suffix), unfinished_path(file))
-        for file in files.values():
+        for file in files:
             os.replace(unfinished_path(file), file)
     except OSError as error:
         raise UserError(f"cannot write {prefix}: {error.strerror}") from error
     finally:
-        for file in files.values():
+        for file in files:
             unfinished_path(file).unlink(missing_ok=True)
     return prepared

@@ -10,9 +10,9 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from skv_dist.commands import prepare_data
+from skv_dist.commands import maps, prepare_data
 from skv_dist.config.data import DataConfig, SourceConfig
-from skv_dist.data.megatron_set import MegatronSet
+from skv_dist.data.megatron_set import MegatronSet, export
 from skv_dist.data.open import open_data
 from skv_dist.data.tokenize import prepare
 from skv_dist.data.tokenizer import ByteTokenizer
@@ -123,6 +123,21 @@ def test_a_blend_is_trained_on_and_a_run_goes_on(workers: Any, tmp_path: Path) -
     run(tmp_path / "parts", 2)
     parts = run(tmp_path / "parts", 4)
     assert [line["loss"] for line in parts] == [line["loss"] for line in whole[-len(parts) :]]
+
+
+@pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
+def test_evaluations_take_such_a_set(tmp_path: Path, suffix: str) -> None:
+    source = SourceConfig(path=f"{write(tmp_path / 'set')}{suffix}", format="megatron")
+    keys = maps._data_overrides([source.path], config_of(source))
+    assert any("megatron" in key for key in keys if key.startswith("data.sources="))
+
+
+@pytest.mark.parametrize("path", [".", "..", "/"])
+def test_a_folder_is_no_prefix(path: str) -> None:
+    with pytest.raises(UserError, match=r"there is no file .*\.bin; path is what both names begin with"):
+        MegatronSet(path, tokenizer)
+    with pytest.raises(UserError, match=r"is a folder: name what both files begin with, such as .*set"):
+        export(Path("set"), Path(path))
 
 
 @pytest.mark.parametrize(
